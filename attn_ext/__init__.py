@@ -1,0 +1,26 @@
+"""Fused, exact softmax attention for PyTorch.
+
+`attention` is the function with everything in it; `scaled_dot_product_attention` and `MultiheadAttention` are
+drop-in replacements for PyTorch's. See README.md for the API on one page.
+"""
+
+from attn_ext.dispatch import BACKENDS, Explanation, ReferenceFallbackWarning, use_backend
+from attn_ext.functional import (
+    attention,
+    attention_weights,
+    explain,
+    scaled_dot_product_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "Explanation",
+    "ReferenceFallbackWarning",
+    "attention",
+    "attention_weights",
+    "explain",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

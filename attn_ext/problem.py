@@ -1,0 +1,310 @@
+"""The attention problem: what is asked, validated once and passed everywhere.
+
+Everything below `functional` (dispatch, operators, backends, native kernels) takes a `Problem` and
+may rely on what `Problem.build` checked: no layer checks an argument twice.
+
+Glossary, used in the whole package: B batch, Hq query heads, Hkv key/value heads, Lq query length,
+Lk key length, D head_dim of query and key, Dv head_dim of value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNLIMITED = -1
+"""A window side of this value reaches to the end of the sequence."""
+
+CAUSAL_MODES = (None, "upper_left", "lower_right")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_LENGTH = 2**31 - 1
+"""Longest sequence, and most batch*heads: dropout counts rows, columns and heads in 32 bits."""
+
+
+@dataclasses.dataclass(slots=True)
+class Problem:
+    """One attention problem. Build it with `Problem.build`, which raises on anything wrong.
+
+    Attributes:
+        query: (B, Hq, Lq, D).
+        key: (B, Hkv, Lk, D), Hq a multiple of Hkv.
+        value: (B, Hkv, Lk, Dv).
+        attn_mask: 4-D and broadcastable to (B, Hq, Lq, Lk), never expanded; bool (True takes part)
+            or floating (added to the scores; an entry of -inf forbids the pair).
+        key_padding_mask: (B, Lk), bool (True takes part) or floating (added).
+        alibi_slopes: (Hq,) or (B, Hq), float32; adds -slope * |row - column| to the scores.
+        sinks: (Hq,), a logit per head that takes part in the softmax and has no value.
+        dropout_p: probability that a weight is dropped, in [0, 1).
+        seed: key of the dropout's random numbers, 64 bits; an int or an int64 tensor of one element.
+        offset: selects another stream under the same seed, 32 bits.
+        causal: None, "upper_left" or "lower_right".
+        window: (left, right), how many keys before and after the diagonal a row sees; -1: all.
+        scale: factor on query @ key^T.
+        softcap: scores become softcap * tanh(scores / softcap); 0 leaves them.
+        q_start: absolute position of the first query row.
+        k_start: absolute position of the first key.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | Tensor = 0
+    offset: int = 0
+    causal: str | None = None
+    window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    scale: float = 1.0
+    softcap: float = 0.0
+    q_start: int = 0
+    k_start: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def query_length(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def key_length(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of accumulation and of LSE: float64 for float64, else float32."""
+        return torch.float64 if self.query.dtype is torch.float64 else torch.float32
+
+    @property
+    def diagonal(self) -> int:
+        """Key index that stands on the diagonal of row 0, where row and key positions meet."""
+        offset = self.q_start - self.k_start
+        if self.causal == "lower_right":
+            offset += self.key_length - self.query_length
+        return offset
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """(left, right): keys that a row sees before and after its diagonal; -1 is all of them."""
+        left, right = self.window
+        return left, (0 if self.causal is not None else right)
+
+    @property
+    def seed_value(self) -> int:
+        """The seed as an unsigned 64-bit int."""
+        return int(self.seed) & 0xFFFF_FFFF_FFFF_FFFF
+
+    def replace(self, **changes: Any) -> Problem:
+        """A copy with some attributes changed; nothing is checked again."""
+        return dataclasses.replace(self, **changes)
+
+    @staticmethod
+    def build(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        dropout_p: float = 0.0,
+        causal: bool | str | None = None,
+        window: tuple[int | None, int | None] | int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        q_start: int = 0,
+        k_start: int = 0,
+    ) -> Problem:
+        """Check every argument and normalise it.
+
+        Raises:
+            TypeError: an argument is of the wrong type or dtype.
+            ValueError: an argument's shape, device or value is wrong.
+        """
+        _check_tensors(query, key, value)
+        batch, query_heads, query_length, head_dim = query.shape
+        key_length = key.shape[2]
+        problem = Problem(
+            query,
+            key,
+            value,
+            dropout_p=_checked_probability(dropout_p),
+            causal=_checked_causal(causal),
+            window=_checked_window(window),
+            scale=_checked_number("scale", scale, 1.0 / math.sqrt(head_dim)),
+            softcap=_checked_number("softcap", softcap, 0.0),
+            q_start=_checked_int("q_start", q_start),
+            k_start=_checked_int("k_start", k_start),
+        )
+        if problem.softcap < 0:
+            raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
+        if attn_mask is not None:
+            problem.attn_mask = _checked_mask(
+                attn_mask, query, (batch, query_heads, query_length, key_length)
+            )
+        if key_padding_mask is not None:
+            _check_mask_tensor("key_padding_mask", key_padding_mask, query)
+            if key_padding_mask.shape != (batch, key_length):
+                raise ValueError(
+                    f"key_padding_mask must have shape (batch, key length) = {(batch, key_length)}, "
+                    f"got {tuple(key_padding_mask.shape)}"
+                )
+            problem.key_padding_mask = key_padding_mask
+        if alibi_slopes is not None:
+            _check_tensor("alibi_slopes", alibi_slopes, query)
+            if alibi_slopes.shape not in ((query_heads,), (batch, query_heads)):
+                raise ValueError(
+                    f"alibi_slopes must have shape (query heads,) = {(query_heads,)} or (batch, query heads) "
+                    f"= {(batch, query_heads)}, got {tuple(alibi_slopes.shape)}"
+                )
+            problem.alibi_slopes = alibi_slopes.to(problem.compute_dtype)
+        if sinks is not None:
+            _check_tensor("sinks", sinks, query)
+            if sinks.shape != (query_heads,):
+                raise ValueError(
+                    f"sinks must have shape (query heads,) = {(query_heads,)}, got {tuple(sinks.shape)}"
+                )
+            problem.sinks = sinks
+        return problem
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    _check_tensor("query", query, query)
+    _check_tensor("key", key, query)
+    _check_tensor("value", value, query)
+    if query.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {query.dtype}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must be 4-D (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+    batch, query_heads, query_length, head_dim = query.shape
+    if key.shape[0] != batch:
+        raise ValueError(f"key must have query's batch size {batch}, got {key.shape[0]}")
+    if key.shape[3] != head_dim:
+        raise ValueError(f"key must have query's head_dim {head_dim}, got {key.shape[3]}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have key's batch, heads and length {tuple(key.shape[:3])}, "
+            f"got {tuple(value.shape[:3])}"
+        )
+    if head_dim == 0:
+        raise ValueError("query must have a head_dim of at least 1, got 0")
+    key_heads = key.shape[1]
+    if key_heads != query_heads and (key_heads == 0 or query_heads % key_heads != 0):
+        raise ValueError(
+            f"query must have a multiple of key's {key_heads} heads (grouped-query attention), got {query_heads}"
+        )
+    if query_length > MAX_LENGTH or key.shape[2] > MAX_LENGTH:
+        raise ValueError(
+            f"query and key must be at most {MAX_LENGTH} long, got {query_length} and {key.shape[2]}"
+        )
+    if batch * query_heads > MAX_LENGTH:
+        raise ValueError(
+            f"query must have at most {MAX_LENGTH} batch*heads, got {batch}*{query_heads}"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {tensor.layout}")
+    if name != "query" and not (tensor.is_floating_point() or tensor.dtype is torch.bool):
+        raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+
+
+def _check_mask_tensor(name: str, mask: Tensor, query: Tensor) -> None:
+    _check_tensor(name, mask, query)
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"{name} must be bool (True takes part), float32 or query's dtype {query.dtype}, got {mask.dtype}"
+        )
+    if mask.dtype is torch.float32 and query.dtype is torch.float64:
+        raise TypeError(f"{name} must be bool or query's dtype torch.float64, got torch.float32")
+
+
+def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    _check_mask_tensor("attn_mask", mask, query)
+    fits = mask.dim() <= 4 and all(
+        size == 1 or size == wanted
+        for size, wanted in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask must broadcast to (batch, query heads, query length, key length) = {shape}, "
+            f"got shape {tuple(mask.shape)}"
+        )
+    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+
+
+def _checked_probability(dropout_p: float) -> float:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return float(dropout_p)
+
+
+def _checked_causal(causal: bool | str | None) -> str | None:
+    if causal is True:
+        return "upper_left"
+    if causal is None or causal is False:
+        return None
+    if causal not in CAUSAL_MODES:
+        raise ValueError(
+            f'causal must be False, True, "upper_left" or "lower_right", got {causal!r}'
+        )
+    return causal
+
+
+def _checked_window(window: tuple[int | None, int | None] | int | None) -> tuple[int, int]:
+    if window is None:
+        return (UNLIMITED, UNLIMITED)
+    if isinstance(window, int) and not isinstance(window, bool):
+        window = (window, window)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be an int or a pair (left, right), got {window!r}")
+    left, right = (UNLIMITED if side is None else _checked_int("window", side) for side in window)
+    if left < UNLIMITED or right < UNLIMITED:
+        raise ValueError(
+            f"window must hold sizes of at least 0, or None or -1 for no limit, got {tuple(window)}"
+        )
+    return (left, right)
+
+
+def _checked_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if not -(2**62) < value < 2**62:
+        raise ValueError(f"{name} must fit in 63 bits, got {value}")
+    return value
+
+
+def _checked_number(name: str, value: float | None, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
