@@ -4,6 +4,7 @@
 drop-in replacements for PyTorch's. See README.md for the API on one page.
 """
 
+from attn_ext._version import __version__
 from attn_ext.dispatch import BACKENDS, Explanation, ReferenceFallbackWarning, use_backend
 from attn_ext.functional import (
     attention,
@@ -12,11 +13,10 @@ from attn_ext.functional import (
     scaled_dot_product_attention,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "BACKENDS",
     "Explanation",
+    "__version__",
     "ReferenceFallbackWarning",
     "attention",
     "attention_weights",

@@ -7,6 +7,8 @@ where no kernel exists.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def backward(
     problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, mask_gradient: bool
 ) -> Gradients:
     """The gradients by automatic differentiation of `forward`; see `backends` for the signature."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_inside_operators():
         problem, inputs = _with_fresh_leaves(problem, mask_gradient)
         results = forward(problem)
         grads = _gradients(results, inputs, (dout, torch.zeros_like(lse) if dlse is None else dlse))
@@ -56,7 +58,7 @@ def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
     """The gradients by automatic differentiation of `weights`, LSE being an input of its own."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_inside_operators():
         problem, inputs = _with_fresh_leaves(problem, mask_gradient)
         lse = lse.detach().requires_grad_()
         result = weights(problem, lse, average)
@@ -65,6 +67,12 @@ def weights_backward(
         )
     assert dq is not None and dk is not None and dlse is not None
     return WeightsGradients(dq, dk, dmask, dlse)
+
+
+def _autograd_inside_operators() -> Any:
+    """An operator's kernel runs below autograd; this lets what is inside record a graph of its own."""
+    key = torch._C.DispatchKey.AutogradFunctionality  # type: ignore[attr-defined]
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)  # type: ignore[attr-defined]
 
 
 def _scores(problem: Problem, exact: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,275 @@
+"""The SIMD kernels of csrc/cpu: AVX-512, AVX2 and a portable build, picked when first used.
+
+The environment variable ATTN_EXT_CPU_CAPABILITY (avx512, avx2 or portable) overrides the choice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_ext.backends import Gradients, WeightsGradients, empty_in_layout_of
+from attn_ext.philox import dropout_threshold
+from attn_ext.problem import UNLIMITED, Problem
+
+# After torch: the module then shares torch's OpenMP library and its pool of threads.
+try:
+    from attn_ext import _cpu
+except ImportError as error:  # a source tree that was not built
+    _cpu = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.bool: 4,
+}
+_ENVIRONMENT_VARIABLE = "ATTN_EXT_CPU_CAPABILITY"
+_FLOPS_PER_THREAD = 2e6
+"""Less work than this does not pay for waking another thread."""
+_FAR = 2**40
+"""Beyond any pair of positions; keeps the kernels' sums of positions within 64 bits."""
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# GNU OpenMP's pool does not survive a fork: a child that asks it for a second thread hangs.
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def capabilities() -> dict[str, bool]:
+    """The compiled instruction sets, best first, and whether this machine has each."""
+    return {} if _cpu is None else _cpu.capabilities()
+
+
+def _chosen_capability() -> str:
+    found = capabilities()
+    name = os.environ.get(_ENVIRONMENT_VARIABLE)
+    if name is None:
+        return next((name for name, present in found.items() if present), "none")
+    if found and name not in found:
+        raise ValueError(f"{_ENVIRONMENT_VARIABLE} must be one of {list(found)}, got {name!r}")
+    if found and not found[name]:
+        raise ValueError(f"{_ENVIRONMENT_VARIABLE} is {name!r}, which this machine does not have")
+    return name
+
+
+capability = _chosen_capability()
+"""The instruction set in use."""
+
+
+def num_threads(problem: Problem | None = None) -> int:
+    """How many threads a problem gets: torch's setting, or fewer where the work is small."""
+    if _forked:
+        return 1
+    threads = torch.get_num_threads()
+    if problem is None or threads == 1:
+        return threads
+    pairs = problem.batch * problem.query_heads * problem.query_length * problem.key_length
+    flops = 2 * pairs * (problem.key.shape[3] + problem.value.shape[3])
+    return max(1, min(threads, int(flops / _FLOPS_PER_THREAD)))
+
+
+def not_supported_reasons(problem: Problem) -> list[str]:
+    """Why the CPU kernels can't run a problem; they run everything that lies in CPU memory."""
+    reasons = []
+    if _cpu is None:
+        reasons.append(f"attn_ext._cpu is not built ({_import_error}); run `pip install -e .`")
+    if problem.query.device.type != "cpu":
+        reasons.append(f"query is on {problem.query.device}, and this backend takes CPU tensors")
+    return reasons
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
+    query = problem.query
+    shape = (problem.batch, problem.query_heads, problem.query_length)
+    out = empty_in_layout_of(query, (*shape, problem.value.shape[3]))
+    lse = torch.empty(shape, dtype=problem.compute_dtype)
+    arguments, _kept = _arguments(problem)
+    _cpu.forward(*arguments, _view(out), _row_view(lse))
+    return out, lse
+
+
+def backward(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    mask_gradient: bool,
+) -> Gradients:
+    """Gradients for a given out and LSE, recomputing the weights tile by tile."""
+    problem, out, dout = _prepared(problem), _rows_contiguous(out), _rows_contiguous(dout)
+    grads = [empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key, problem.value)]
+    dmask = _zero_mask_gradient(problem) if mask_gradient else None
+    row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    arguments, _kept = _arguments(problem)
+    _cpu.backward(
+        *arguments,
+        _view(out),
+        _row_view(lse),
+        _view(dout),
+        None if dlse is None else _row_view(dlse),
+        None,
+        1.0,
+        *(_view(grad) for grad in grads),
+        None if dmask is None else _view(_broadcast_mask(dmask, problem)),
+        _row_view(row_term),
+    )
+    dsinks = None
+    if problem.sinks is not None:
+        sinks = problem.sinks.to(lse.dtype)[:, None]
+        dsinks = -(torch.exp(sinks - lse) * row_term).sum(dim=(0, 2)).to(problem.sinks.dtype)
+    return Gradients(*grads, _as_mask(dmask, problem), dsinks)
+
+
+def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
+    """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
+    heads = 1 if average else problem.query_heads
+    shape = (problem.batch, heads, problem.query_length, problem.key_length)
+    result = torch.empty(shape, dtype=problem.query.dtype)
+    if average and problem.query_heads == 0:
+        result.fill_(float("nan"))  # the mean of nothing
+    arguments, _kept = _arguments(problem)
+    _cpu.weights(*arguments, _row_view(lse), _view(result), average)
+    return result.squeeze(1) if average else result
+
+
+def weights_backward(
+    problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
+) -> WeightsGradients:
+    """Gradients of `weights`, LSE being an input of its own."""
+    problem = _prepared(problem)
+    problem = problem.replace(value=problem.key[..., :0])
+    if average:
+        shape = (problem.batch, problem.query_heads, problem.query_length, problem.key_length)
+        dweights = dweights[:, None].expand(shape)
+    dq, dk = (empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key))
+    dmask = _zero_mask_gradient(problem) if mask_gradient else None
+    dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    arguments, _kept = _arguments(problem)
+    _cpu.backward(
+        *arguments,
+        None,
+        _row_view(lse),
+        None,
+        None,
+        _view(dweights),
+        1.0 / max(problem.query_heads, 1) if average else 1.0,
+        _view(dq),
+        _view(dk),
+        None,
+        None if dmask is None else _view(_broadcast_mask(dmask, problem)),
+        _row_view(dlse),
+    )
+    return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
+
+
+def _arguments(problem: Problem) -> tuple[tuple[Any, ...], Any]:
+    """The arguments that every native function starts with, and what must outlive the call."""
+    problem = _prepared(problem)
+    query, key, value = problem.query, problem.key, problem.value
+    left, right = problem.reach
+    mask, padding = problem.attn_mask, problem.key_padding_mask
+    alibi, sinks = problem.alibi_slopes, problem.sinks
+    if sinks is not None:
+        sinks = sinks.to(problem.compute_dtype)
+    dropout = problem.dropout_p > 0
+    description = (
+        _DTYPES[query.dtype],
+        query.shape[0],
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
+        _view(query),
+        _view(key),
+        _view(value),
+        None if mask is None else _view(_broadcast_mask(mask, problem)),
+        None if padding is None else _padding_view(padding),
+        None if alibi is None else _head_view(alibi),
+        None if sinks is None else _head_view(sinks),
+        problem.scale,
+        problem.softcap,
+        max(-_FAR, min(_FAR, problem.diagonal)),
+        _FAR * 2 if left == UNLIMITED else min(left, _FAR * 2),
+        _FAR * 2 if right == UNLIMITED else min(right, _FAR * 2),
+        problem.q_start,
+        problem.k_start,
+        problem.dropout_p,
+        dropout_threshold(problem.dropout_p) if dropout else 0,
+        problem.offset,
+        problem.seed_value if dropout else 0,
+    )
+    index = list(capabilities()).index(capability)
+    return (index, num_threads(problem), description), (problem, sinks)
+
+
+def _prepared(problem: Problem) -> Problem:
+    """The problem with query, key and value as the kernels read them: last dimension contiguous."""
+    query, key, value = problem.query, problem.key, problem.value
+    if _readable(query) and _readable(key) and _readable(value):
+        return problem
+    return problem.replace(
+        query=_rows_contiguous(query), key=_rows_contiguous(key), value=_rows_contiguous(value)
+    )
+
+
+def _readable(tensor: Tensor) -> bool:
+    return (tensor.stride(3) == 1 or tensor.shape[3] <= 1) and not tensor.is_neg()
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if _readable(tensor) else tensor.resolve_neg().contiguous()
+
+
+def _view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
+    return tensor.data_ptr(), tensor.stride(), _DTYPES[tensor.dtype]
+
+
+def _row_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
+    """A (B, Hq, Lq) tensor."""
+    return tensor.data_ptr(), (*tensor.stride(), 0), _DTYPES[tensor.dtype]
+
+
+def _padding_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
+    """A (B, Lk) tensor."""
+    batch, column = tensor.stride()
+    return tensor.data_ptr(), (batch, 0, 0, column), _DTYPES[tensor.dtype]
+
+
+def _head_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
+    """A (Hq,) or (B, Hq) tensor."""
+    strides = tensor.stride()
+    batch, head = strides if len(strides) == 2 else (0, strides[0])
+    return tensor.data_ptr(), (batch, head, 0, 0), _DTYPES[tensor.dtype]
+
+
+def _broadcast_mask(mask: Tensor, problem: Problem) -> Tensor:
+    """A (B, Hq, Lq, Lk) view of a mask, stride 0 where it broadcasts."""
+    query = problem.query
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], problem.key.shape[2])
+
+
+def _zero_mask_gradient(problem: Problem) -> Tensor:
+    assert problem.attn_mask is not None
+    return torch.zeros(problem.attn_mask.shape, dtype=problem.compute_dtype)
+
+
+def _as_mask(dmask: Tensor | None, problem: Problem) -> Tensor | None:
+    if dmask is None or problem.attn_mask is None:
+        return None
+    return dmask.to(problem.attn_mask.dtype)

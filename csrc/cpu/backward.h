@@ -1,0 +1,278 @@
+// Backward pass by recomputation (Dao, arXiv:2307.08691, algorithm 2), with query blocks outside.
+//
+// For a block of query rows and a tile of keys, everything transposed, [key][row]:
+//     P  = exp2(S - lse)              dP = keep * (V dO^T + dW)
+//     dS = P (dP - delta)             delta = sum(dO * O) - dlse, a value a row
+//     dV += (keep P) dO               dK += scale dS Q               dQ += scale dS^T K
+// A query block's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so that
+// nothing is atomic and the result does not depend on timing. Threads take whole (batch, key head) pairs where
+// these are many, else they share a pair: thread t takes query blocks t, t + n, ... (which balances causal
+// work) into sums of its own, added up in order.
+// Tested against backends/reference.py and by gradcheck in tests/contract.
+
+template <typename Real>
+struct BackwardWorkspace {
+  Real *queries, *queries_by_row, *douts, *douts_by_row, *dqueries, *scores, *dscores, *slope, *keep;
+  Real *keys, *values, *lse, *row_term, *row, *dkeys, *dvalues;
+  uint8_t* hidden;
+
+  BackwardWorkspace(Arena& arena, const Problem& p) {
+    const int64_t tile = kKeys * kRows<Real>;
+    const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
+    queries = arena.take<Real>(p.head_dim * kRows<Real>);
+    queries_by_row = arena.take<Real>(kRows<Real> * width);
+    douts = arena.take<Real>(p.value_dim * kRows<Real>);
+    douts_by_row = arena.take<Real>(kRows<Real> * value_width);
+    dqueries = arena.take<Real>(kRows<Real> * width);
+    scores = arena.take<Real>(tile);
+    dscores = arena.take<Real>(tile);
+    slope = arena.take<Real>(p.softcap != 0 ? tile : 0);
+    keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
+    keys = arena.take<Real>(kKeys * width);
+    values = arena.take<Real>(kKeys * value_width);
+    lse = arena.take<Real>(kRows<Real>);
+    row_term = arena.take<Real>(kRows<Real>);
+    row = arena.take<Real>(std::max(width, value_width));
+    hidden = arena.take<uint8_t>(tile);
+    dkeys = arena.take<Real>(p.key_length * width);
+    dvalues = arena.take<Real>(p.key_length * value_width);
+  }
+};
+
+// What a query block brings along: its rows in both layouts, LSE and row term.
+template <typename T, typename Real>
+struct BackwardBlock {
+  RowBlock rows;
+  const Real *queries_by_row, *douts_by_row;
+  int64_t query_stride, dout_stride;
+  bool finite;
+
+  BackwardBlock(const Problem& p, const BackwardArguments& to, const RowBlock& block,
+                const BackwardWorkspace<Real>& w)
+      : rows(block) {
+    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries, w.row);
+    queries_by_row =
+        as_block<T>(at<const T>(p.query, rows.batch, rows.head, rows.first), p.query.stride[2],
+                    rows.count, p.head_dim, true, w.queries_by_row, &query_stride);
+    finite = all_finite(queries_by_row, query_stride, rows.count, p.head_dim);
+    load_lse(to.lse, rows, w.lse);
+    std::fill(w.row_term, w.row_term + kRows<Real>, Real(0));
+    std::fill(w.dqueries, w.dqueries + kRows<Real> * padded<Real>(p.head_dim), Real(0));
+    if (to.dweights) return;
+
+    pack_transposed<T>(to.dout, rows, p.value_dim, Real(1), w.douts, w.row);
+    douts_by_row =
+        as_block<T>(at<const T>(to.dout, rows.batch, rows.head, rows.first), to.dout.stride[2],
+                    rows.count, p.value_dim, true, w.douts_by_row, &dout_stride);
+    finite = finite && all_finite(douts_by_row, dout_stride, rows.count, p.value_dim);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t row = rows.first + i;
+      convert_row(at<const T>(to.out, rows.batch, rows.head, row), w.row, p.value_dim);
+      Real delta = 0;
+      for (int64_t d = 0; d < p.value_dim; ++d) delta += w.row[d] * douts_by_row[i * dout_stride + d];
+      if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
+      w.row_term[i] = delta;
+      *at<Real>(to.row_term, rows.batch, rows.head, row) = delta;
+    }
+  }
+};
+
+// dscores += the gradient of the weights, read row by row.
+template <typename T, typename Real>
+void load_dweights(const BackwardArguments& to, const RowBlock& rows, int64_t key, int64_t keys,
+                   Real* dscores) {
+  const Real scale = static_cast<Real>(to.dweights_scale);
+  std::fill(dscores, dscores + keys * kRows<Real>, Real(0));
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const T* from = at<const T>(to.dweights, rows.batch, rows.head, rows.first + i, key);
+    for (int64_t j = 0; j < keys; ++j) {
+      dscores[j * kRows<Real> + i] = scale * to_float(from[j * to.dweights.stride[3]]);
+    }
+  }
+}
+
+// Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if given.
+template <typename Real>
+void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys,
+                     const BackwardWorkspace<Real>& w, Real* row_sum) {
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t v = 0; v < rows.vectors; ++v) {
+      const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
+      const Vec<Real> s = load(w.scores + index);
+      const Vec<Real> weight = weight_of<Real>(s, load(w.lse + lane));
+      Vec<Real> gradient = load(w.dscores + index), dropped = weight;
+      if (p.dropout_p > 0) {
+        const Vec<Real> keep = load(w.keep + index);
+        gradient *= keep;
+        dropped *= keep;
+      }
+      const Vec<Real> hidden{};
+      const Vec<Real> delta = row_sum ? hidden : load(w.row_term + lane);
+      gradient = s == -kInfinity<Real> ? hidden : weight * (gradient - delta);
+      store<Real>(w.scores + index, dropped);
+      store<Real>(w.dscores + index, gradient);
+      if (row_sum) store<Real>(row_sum + lane, load(row_sum + lane) - gradient);
+    }
+  }
+}
+
+template <typename Real>
+void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int64_t keys,
+                       const Real* dscores) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    Real* to = at<Real>(dmask, rows.batch, rows.head, rows.first + i, key);
+    for (int64_t j = 0; j < keys; ++j) to[j * dmask.stride[3]] += dscores[j * kRows<Real> + i];
+  }
+}
+
+template <typename T, typename Real>
+void backward_tile(const Problem& p, const BackwardArguments& to, const BackwardBlock<T, Real>& block,
+                   TileKind kind, int64_t key, int64_t keys, const BackwardWorkspace<Real>& w) {
+  const RowBlock& rows = block.rows;
+  const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
+  int64_t k_stride, v_stride;
+  const Real* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2],
+                              keys, p.head_dim, true, w.keys, &k_stride);
+  compute_scores<Real>(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope);
+  const bool careful =
+      kind == TileKind::kEdge && !(block.finite && all_finite(k, k_stride, keys, p.head_dim));
+  if (careful) record_hidden(w.scores, keys, w.hidden);
+
+  if (to.dweights) {
+    load_dweights<T>(to, rows, key, keys, w.dscores);
+  } else {
+    const Real* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
+                                p.value.stride[2], keys, p.value_dim, false, w.values, &v_stride);
+    multiply<false>(keys, rows.vectors, p.value_dim, v, v_stride, w.douts, kRows<Real>, w.dscores,
+                    kRows<Real>, false);
+  }
+  if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
+  score_gradients(p, rows, keys, w, to.dweights ? w.row_term : nullptr);
+  if (to.dmask) add_mask_gradient(to.dmask, rows, key, keys, w.dscores);
+
+  const Real scale = static_cast<Real>(p.scale);
+  for (int64_t i = 0; i < keys * kRows<Real>; ++i) {
+    w.dscores[i] *= p.softcap != 0 ? scale * w.slope[i] : scale;
+  }
+  Real* dkeys = w.dkeys + key * width;
+  Real* dvalues = w.dvalues + key * value_width;
+  const int64_t vectors = width / kLanes<Real>, value_vectors = value_width / kLanes<Real>;
+  if (careful) {
+    if (!to.dweights) {
+      accumulate_visible<false>(w.hidden, keys, rows, w.scores, block.douts_by_row, block.dout_stride,
+                                p.value_dim, dvalues, value_width);
+    }
+    accumulate_visible<false>(w.hidden, keys, rows, w.dscores, block.queries_by_row,
+                              block.query_stride, p.head_dim, dkeys, width);
+    accumulate_visible<true>(w.hidden, keys, rows, w.dscores, k, k_stride, p.head_dim, w.dqueries,
+                             width);
+    return;
+  }
+  if (!to.dweights) {
+    multiply<false>(keys, value_vectors, rows.count, w.scores, kRows<Real>, block.douts_by_row,
+                    block.dout_stride, dvalues, value_width, true);
+  }
+  multiply<false>(keys, vectors, rows.count, w.dscores, kRows<Real>, block.queries_by_row,
+                  block.query_stride, dkeys, width, true);
+  multiply<true>(rows.count, vectors, keys, w.dscores, kRows<Real>, k, k_stride, w.dqueries, width,
+                 true);
+}
+
+template <typename T, typename Real>
+void backward_block(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+                    const BackwardWorkspace<Real>& w) {
+  const BackwardBlock<T, Real> block(p, to, rows, w);
+  const KeyRange range(p, rows);
+  for (int64_t key = range.first; key < range.end; key += kKeys) {
+    const int64_t keys = std::min(kKeys, range.end - key);
+    const TileKind kind = classify(p, rows, key, keys);
+    if (kind != TileKind::kSkip) backward_tile<T>(p, to, block, kind, key, keys, w);
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first + i);
+    const Real* from = w.dqueries + i * padded<Real>(p.head_dim);
+    for (int64_t d = 0; d < p.head_dim; ++d) from_float(from[d], dquery + d);
+    if (to.dweights) *at<Real>(to.row_term, rows.batch, rows.head, rows.first + i) = w.row_term[i];
+  }
+}
+
+// Query blocks first, first + step, ... of all query heads that share one key head.
+template <typename T, typename Real>
+void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t first,
+                   int64_t step, const BackwardWorkspace<Real>& w) {
+  const int64_t group = p.query_heads / p.key_heads, batch = pair / p.key_heads;
+  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  std::fill(w.dkeys, w.dkeys + p.key_length * padded<Real>(p.head_dim), Real(0));
+  std::fill(w.dvalues, w.dvalues + p.key_length * padded<Real>(p.value_dim), Real(0));
+  for (int64_t item = first; item < group * blocks; item += step) {
+    const int64_t head = pair % p.key_heads * group + item / blocks;
+    backward_block<T, Real>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), w);
+  }
+}
+
+// Row `row` of one pair's dkey and dvalue: the sum of the threads' parts, in their order.
+template <typename T, typename Real>
+void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t row,
+                         BackwardWorkspace<Real>* parts, int count) {
+  const int64_t batch = pair / p.key_heads, head = pair % p.key_heads;
+  const auto write = [&](const View& view, int64_t width, Real* BackwardWorkspace<Real>::*member) {
+    T* out = at<T>(view, batch, head, row);
+    for (int64_t d = 0; d < width; ++d) {
+      Real sum = 0;
+      for (int t = 0; t < count; ++t) sum += (parts[t].*member)[row * padded<Real>(width) + d];
+      from_float(sum, out + d);
+    }
+  };
+  write(to.dkey, p.head_dim, &BackwardWorkspace<Real>::dkeys);
+  if (!to.dweights) write(to.dvalue, p.value_dim, &BackwardWorkspace<Real>::dvalues);
+}
+
+// How many threads may share a pair: as many as have query blocks, within 48 MiB of partial sums, and one
+// where a mask gradient without a row dimension would make them write to one place.
+template <typename Real>
+int sharing_threads(const Problem& p, const BackwardArguments& to, int threads) {
+  if (to.dmask && to.dmask.stride[2] == 0) return 1;
+  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t bytes = p.key_length * (padded<Real>(p.head_dim) + padded<Real>(p.value_dim)) *
+                        static_cast<int64_t>(sizeof(Real));
+  const int64_t most = std::max<int64_t>(1, (int64_t{48} << 20) / std::max<int64_t>(1, bytes));
+  return static_cast<int>(
+      std::clamp<int64_t>(std::min(most, blocks * (p.query_heads / p.key_heads)), 1, threads));
+}
+
+template <typename T, typename Real>
+void backward(const Problem& p, const BackwardArguments& to, int threads) {
+  const int64_t pairs = p.batch * p.key_heads;
+  if (pairs == 0) return;
+  const bool mask_shared = to.dmask && ((to.dmask.stride[0] == 0 && p.batch > 1) ||
+                                        (to.dmask.stride[1] == 0 && p.query_heads > 1));
+  const bool by_pair = !mask_shared && (pairs % threads == 0 || pairs >= 4 * threads);
+  if (!by_pair) threads = sharing_threads<Real>(p, to, threads);
+  threads = std::max(1, threads);
+  const PerThread<BackwardWorkspace<Real>> workspaces(threads, p);
+  std::vector<BackwardWorkspace<Real>> parts;
+  for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
+  if (by_pair) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      BackwardWorkspace<Real>* own = &parts[omp_get_thread_num()];
+      backward_pair<T, Real>(p, to, pair, 0, 1, *own);
+      for (int64_t row = 0; row < p.key_length; ++row) {
+        write_key_gradients<T, Real>(p, to, pair, row, own, 1);
+      }
+    }
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {
+      backward_pair<T, Real>(p, to, pair, part, threads, parts[part]);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.key_length; ++row) {
+      write_key_gradients<T, Real>(p, to, pair, row, parts.data(), threads);
+    }
+  }
+}

@@ -1,0 +1,38 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11), generic in the type of a 32-bit word.
+//
+// The key is the seed; the counter is (column / 4, row, batch * Hq + head, offset) and word column % 4
+// decides about a weight, so every backend drops the same weights at any block size. The same in Python:
+// attn_ext/philox.py.
+#pragma once
+
+#include <cstdint>
+
+namespace attn_ext {
+
+struct PhiloxConstants {
+  static constexpr uint32_t kMultiplier0 = 0xD2511F53u;
+  static constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
+  static constexpr uint32_t kKeyStep0 = 0x9E3779B9u;
+  static constexpr uint32_t kKeyStep1 = 0xBB67AE85u;
+  static constexpr int kRounds = 10;
+};
+
+// counter[4] becomes the four random words. Word needs ^ with itself and with uint32_t;
+// multiply(word, constant, &high, &low) gives the 64-bit product's halves.
+template <typename Word, typename Multiply>
+inline void philox(Word counter[4], uint64_t seed, Multiply multiply) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
+    Word high0, low0, high1, low1;
+    multiply(counter[0], PhiloxConstants::kMultiplier0, &high0, &low0);
+    multiply(counter[2], PhiloxConstants::kMultiplier1, &high1, &low1);
+    counter[0] = high1 ^ counter[1] ^ key0;
+    counter[1] = low1;
+    counter[2] = high0 ^ counter[3] ^ key1;
+    counter[3] = low0;
+    key0 += PhiloxConstants::kKeyStep0;
+    key1 += PhiloxConstants::kKeyStep1;
+  }
+}
+
+}  // namespace attn_ext

@@ -1,0 +1,46 @@
+"""Builds the native modules. Metadata and tool settings are in pyproject.toml.
+
+torch is not needed to build: bindings pass addresses (see csrc/attention.h), so that one binary serves
+every torch release.
+"""
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext, naive_recompile
+from setuptools import setup
+
+HEADERS = [
+    "csrc/attention.h",
+    "csrc/philox.h",
+    "csrc/cpu/backward.h",
+    "csrc/cpu/forward.h",
+    "csrc/cpu/headers.h",
+    "csrc/cpu/instruction_set.h",
+    "csrc/cpu/kernels.h",
+    "csrc/cpu/matmul.h",
+    "csrc/cpu/simd.h",
+    "csrc/cpu/tile.h",
+    "csrc/cpu/weights.h",
+]
+
+# No -march: each instruction set names its features in its own file. NaN and inf are respected.
+COMPILE_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+ParallelCompile("ATTN_EXT_BUILD_JOBS", default=0, needs_recompile=naive_recompile).install()
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "attn_ext._cpu",
+            [
+                "csrc/bindings_cpu.cpp",
+                "csrc/cpu/avx512.cpp",
+                "csrc/cpu/avx2.cpp",
+                "csrc/cpu/portable.cpp",
+            ],
+            depends=HEADERS,
+            cxx_std=17,
+            extra_compile_args=COMPILE_FLAGS,
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)
