@@ -4,7 +4,7 @@ torch is not needed to build: bindings pass addresses (see csrc/attention.h), so
 every torch release.
 """
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 HEADERS = [
@@ -24,7 +24,7 @@ HEADERS = [
 # No -march: each instruction set names its features in its own file. NaN and inf are respected.
 COMPILE_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
-ParallelCompile("ATTN_EXT_BUILD_JOBS", default=0, needs_recompile=naive_recompile).install()
+ParallelCompile("ATTN_EXT_BUILD_JOBS", default=0).install()
 
 setup(
     ext_modules=[

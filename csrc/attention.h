@@ -53,7 +53,7 @@ struct BackwardArguments {
   View dweights;                  // (B, Hq, Lq, Lk), problem's dtype, or null; times dweights_scale
   double dweights_scale;          // 1 / Hq where the weights were averaged over heads
   View dquery, dkey, dvalue;      // written
-  View dmask;                     // compute type, zeroed by the caller, or null; broadcasts as mask
+  View dmask;                     // float or double, zeroed by the caller, or null; broadcasts as mask
   View row_term;                  // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, written;
                                   // with dweights: minus the sum over a row of its score gradients
 };

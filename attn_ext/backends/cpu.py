@@ -64,6 +64,7 @@ def _chosen_capability() -> str:
     return name
 
 
+_CAPABILITIES = tuple(capabilities())
 capability = _chosen_capability()
 """The instruction set in use."""
 
@@ -214,8 +215,7 @@ def _arguments(problem: Problem) -> tuple[tuple[Any, ...], Any]:
         problem.offset,
         problem.seed_value if dropout else 0,
     )
-    index = list(capabilities()).index(capability)
-    return (index, num_threads(problem), description), (problem, sinks)
+    return (_CAPABILITIES.index(capability), num_threads(problem), description), (problem, sinks)
 
 
 def _prepared(problem: Problem) -> Problem:
@@ -265,8 +265,11 @@ def _broadcast_mask(mask: Tensor, problem: Problem) -> Tensor:
 
 
 def _zero_mask_gradient(problem: Problem) -> Tensor:
-    assert problem.attn_mask is not None
-    return torch.zeros(problem.attn_mask.shape, dtype=problem.compute_dtype)
+    """Where the mask broadcasts, many scores add to one entry: in float64, so that none is lost."""
+    mask = problem.attn_mask
+    assert mask is not None
+    full = mask.shape == _broadcast_mask(mask, problem).shape
+    return torch.zeros(mask.shape, dtype=problem.compute_dtype if full else torch.float64)
 
 
 def _as_mask(dmask: Tensor | None, problem: Problem) -> Tensor | None:

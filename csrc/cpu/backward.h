@@ -116,11 +116,11 @@ void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys,
   }
 }
 
-template <typename Real>
+template <typename Sum, typename Real>
 void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int64_t keys,
                        const Real* dscores) {
   for (int64_t i = 0; i < rows.count; ++i) {
-    Real* to = at<Real>(dmask, rows.batch, rows.head, rows.first + i, key);
+    Sum* to = at<Sum>(dmask, rows.batch, rows.head, rows.first + i, key);
     for (int64_t j = 0; j < keys; ++j) to[j * dmask.stride[3]] += dscores[j * kRows<Real> + i];
   }
 }
@@ -148,7 +148,11 @@ void backward_tile(const Problem& p, const BackwardArguments& to, const Backward
   }
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   score_gradients(p, rows, keys, w, to.dweights ? w.row_term : nullptr);
-  if (to.dmask) add_mask_gradient(to.dmask, rows, key, keys, w.dscores);
+  if (to.dmask) {
+    const bool wide = to.dmask.dtype == DType::kFloat64;
+    (wide ? add_mask_gradient<double, Real> : add_mask_gradient<float, Real>)(to.dmask, rows, key, keys,
+                                                                              w.dscores);
+  }
 
   const Real scale = static_cast<Real>(p.scale);
   for (int64_t i = 0; i < keys * kRows<Real>; ++i) {
@@ -196,17 +200,27 @@ void backward_block(const Problem& p, const BackwardArguments& to, const RowBloc
   }
 }
 
-// Query blocks first, first + step, ... of all query heads that share one key head.
+// Whether different heads or batches add to one mask gradient, so that they must not run at the same time.
+inline bool mask_is_shared(const Problem& p, const BackwardArguments& to) {
+  return to.dmask && ((to.dmask.stride[0] == 0 && p.batch > 1) ||
+                      (to.dmask.stride[1] == 0 && p.query_heads > 1));
+}
+
+// One thread's part of a pair: of every `step` query blocks of the heads that share a key head, one; or,
+// under a shared mask gradient, one of every `step` row blocks with all of its heads.
 template <typename T, typename Real>
 void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t first,
                    int64_t step, const BackwardWorkspace<Real>& w) {
   const int64_t group = p.query_heads / p.key_heads, batch = pair / p.key_heads;
   const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t heads_at_once = mask_is_shared(p, to) ? group : 1;
   std::fill(w.dkeys, w.dkeys + p.key_length * padded<Real>(p.head_dim), Real(0));
   std::fill(w.dvalues, w.dvalues + p.key_length * padded<Real>(p.value_dim), Real(0));
-  for (int64_t item = first; item < group * blocks; item += step) {
-    const int64_t head = pair % p.key_heads * group + item / blocks;
-    backward_block<T, Real>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), w);
+  for (int64_t item = first; item < group / heads_at_once * blocks; item += step) {
+    const int64_t first_head = pair % p.key_heads * group + item / blocks;
+    for (int64_t head = first_head; head < first_head + heads_at_once; ++head) {
+      backward_block<T, Real>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), w);
+    }
   }
 }
 
@@ -244,9 +258,7 @@ template <typename T, typename Real>
 void backward(const Problem& p, const BackwardArguments& to, int threads) {
   const int64_t pairs = p.batch * p.key_heads;
   if (pairs == 0) return;
-  const bool mask_shared = to.dmask && ((to.dmask.stride[0] == 0 && p.batch > 1) ||
-                                        (to.dmask.stride[1] == 0 && p.query_heads > 1));
-  const bool by_pair = !mask_shared && (pairs % threads == 0 || pairs >= 4 * threads);
+  const bool by_pair = !mask_is_shared(p, to) && (pairs % threads == 0 || pairs >= 4 * threads);
   if (!by_pair) threads = sharing_threads<Real>(p, to, threads);
   threads = std::max(1, threads);
   const PerThread<BackwardWorkspace<Real>> workspaces(threads, p);

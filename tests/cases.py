@@ -1,0 +1,224 @@
+"""The problems of the contract suite, and the measure of error that all of it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attn_ext
+
+Options = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """B, Hq, Hkv, Lq, Lk, D, Dv: all different where nothing speaks against it."""
+
+    batch: int = 2
+    query_heads: int = 3
+    key_heads: int = 3
+    query_length: int = 61
+    key_length: int = 83
+    head_dim: int = 20
+    value_dim: int = 13
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A named problem: its sizes and what `attention` is asked for, made in float64."""
+
+    name: str
+    options: Callable[[Sizes], Options]
+    sizes: Sizes = Sizes()
+
+
+def _bool_mask(*shape: int) -> Tensor:
+    return torch.rand(shape) < 0.7
+
+
+def _float_mask(*shape: int) -> Tensor:
+    mask = torch.randn(shape, dtype=torch.float64)
+    return mask.masked_fill(torch.rand(shape) < 0.15, float("-inf"))
+
+
+def _everything(s: Sizes) -> Options:
+    return {
+        "attn_mask": _float_mask(s.batch, 1, s.query_length, s.key_length),
+        "key_padding_mask": _bool_mask(s.batch, s.key_length),
+        "causal": "lower_right",
+        "window": (40, None),
+        "softcap": 3.0,
+        "alibi_slopes": torch.rand(s.query_heads),
+        "sinks": torch.randn(s.query_heads, dtype=torch.float64),
+        "dropout_p": 0.2,
+        "seed": 2**63 + 11,
+        "offset": 5,
+    }
+
+
+GROUPED = Sizes(query_heads=6, key_heads=2)
+SQUARE = Sizes(query_length=97, key_length=97)
+TALL = Sizes(query_length=83, key_length=61)
+
+CASES = [
+    Case("plain", lambda s: {}),
+    Case("grouped_heads", lambda s: {}, GROUPED),
+    Case("one_key_head", lambda s: {"causal": True}, Sizes(query_heads=5, key_heads=1)),
+    Case("scale", lambda s: {"scale": 0.7}),
+    Case("causal_upper_left", lambda s: {"causal": "upper_left"}),
+    Case("causal_upper_left_tall", lambda s: {"causal": True}, TALL),
+    Case("causal_lower_right", lambda s: {"causal": "lower_right"}),
+    Case("causal_lower_right_tall", lambda s: {"causal": "lower_right"}, TALL),
+    Case("window", lambda s: {"window": (7, 11)}),
+    Case("window_left_only", lambda s: {"window": (9, None)}),
+    Case("window_right_only", lambda s: {"window": (None, 5)}),
+    Case("window_of_the_diagonal", lambda s: {"window": 0}, SQUARE),
+    Case("causal_window", lambda s: {"causal": "lower_right", "window": (17, 3)}),
+    Case(
+        "narrow_window_long",
+        lambda s: {"causal": True, "window": (5, 0)},
+        Sizes(query_length=301, key_length=301),
+    ),
+    Case("bool_mask", lambda s: {"attn_mask": _bool_mask(s.query_length, s.key_length)}),
+    Case("bool_mask_heads", lambda s: {"attn_mask": _bool_mask(s.query_heads, 1, s.key_length)}),
+    Case("bool_mask_rows", lambda s: {"attn_mask": _bool_mask(s.batch, 1, s.query_length, 1)}),
+    Case(
+        "bool_mask_blocks",
+        lambda s: {"attn_mask": torch.arange(s.key_length) // 64 % 2 == torch.tensor(1)},
+        Sizes(key_length=200),
+    ),
+    Case("float_mask", lambda s: {"attn_mask": _float_mask(s.query_length, s.key_length)}),
+    Case(
+        "float_mask_full",
+        lambda s: {
+            "attn_mask": _float_mask(s.batch, s.query_heads, s.query_length, s.key_length)
+        },
+        GROUPED,
+    ),
+    Case("float_mask_keys", lambda s: {"attn_mask": _float_mask(s.batch, 1, 1, s.key_length)}),
+    Case("float_mask_scalar", lambda s: {"attn_mask": torch.zeros(1, dtype=torch.float64)}, Sizes(key_length=1)),
+    Case("padding", lambda s: {"key_padding_mask": _bool_mask(s.batch, s.key_length)}),
+    Case("padding_float", lambda s: {"key_padding_mask": _float_mask(s.batch, s.key_length)}),
+    Case("padding_and_causal", lambda s: {"key_padding_mask": _bool_mask(s.batch, s.key_length), "causal": True}),
+    Case("softcap", lambda s: {"softcap": 1.5}),
+    Case("softcap_grouped_causal", lambda s: {"softcap": 5.0, "causal": "lower_right"}, GROUPED),
+    Case("alibi", lambda s: {"alibi_slopes": torch.rand(s.query_heads)}),
+    Case("alibi_per_batch", lambda s: {"alibi_slopes": torch.rand(s.batch, s.query_heads), "causal": "lower_right"}),
+    Case("sinks", lambda s: {"sinks": torch.randn(s.query_heads, dtype=torch.float64)}),
+    Case("sinks_and_hidden_rows", lambda s: {"sinks": torch.randn(s.query_heads, dtype=torch.float64), "causal": "lower_right"}, TALL),
+    Case("dropout", lambda s: {"dropout_p": 0.3, "seed": 7}),
+    Case("dropout_shifted", lambda s: {"dropout_p": 0.6, "seed": 2**40, "offset": 3, "q_start": 5, "k_start": 6, "causal": True}, GROUPED),
+    Case("positions", lambda s: {"causal": True, "q_start": 30, "k_start": 10}),
+    Case("positions_far_away", lambda s: {"causal": True, "q_start": 2**33, "k_start": 0}),
+    Case("everything", _everything, GROUPED),
+    Case("one_by_one", lambda s: {"causal": True}, Sizes(1, 1, 1, 1, 1, 1, 1)),
+    Case("one_query", lambda s: {"causal": "lower_right"}, Sizes(query_length=1, key_length=150)),
+    Case("one_key", lambda s: {}, Sizes(key_length=1)),
+    Case("no_keys", lambda s: {}, Sizes(key_length=0)),
+    Case("no_keys_with_sinks", lambda s: {"sinks": torch.zeros(s.query_heads, dtype=torch.float64)}, Sizes(key_length=0)),
+    Case("no_queries", lambda s: {}, Sizes(query_length=0)),
+    Case("no_batch", lambda s: {}, Sizes(batch=0)),
+    Case("no_value_dim", lambda s: {}, Sizes(value_dim=0)),
+    Case("head_dim_16", lambda s: {}, Sizes(head_dim=16, value_dim=16)),
+    Case("head_dim_64", lambda s: {"causal": True}, Sizes(head_dim=64, value_dim=64)),
+    Case("head_dim_512", lambda s: {}, Sizes(1, 2, 2, 50, 70, 512, 509)),
+    *(
+        Case(f"length_{length}", lambda s: {}, Sizes(1, 2, 2, length, length + 1, 8, 24))
+        for length in (11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65)
+    ),
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Inputs:
+    """A case's tensors in one dtype, as leaves that need gradients, and what else it is asked."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: Options
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        mask, sinks = self.options.get("attn_mask"), self.options.get("sinks")
+        tensors = [self.query, self.key, self.value]
+        tensors += [x for x in (mask, sinks) if x is not None and x.is_floating_point()]
+        return tensors
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype, as leaves of their own."""
+
+        def cast(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return x.detach().to(dtype).requires_grad_()
+
+        options = {name: cast(x) for name, x in self.options.items()}
+        for name in ("key_padding_mask", "alibi_slopes"):  # no gradient is asked of these
+            if name in options:
+                options[name] = options[name].detach()
+        return Inputs(cast(self.query), cast(self.key), cast(self.value), options)
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
+    """Random inputs of a case, representable in `dtype`."""
+    s = case.sizes
+    tensors = (
+        torch.randn(shape, dtype=torch.float64)
+        for shape in (
+            (s.batch, s.query_heads, s.query_length, s.head_dim),
+            (s.batch, s.key_heads, s.key_length, s.head_dim),
+            (s.batch, s.key_heads, s.key_length, s.value_dim),
+        )
+    )
+    return Inputs(*tensors, case.options(s)).to(dtype)
+
+
+def run(inputs: Inputs, backend: str, average: bool = True) -> dict[str, Tensor]:
+    """Everything that a backend computes for a problem: both passes of attention and of its weights."""
+    query, key, value, options = inputs.query, inputs.key, inputs.value, inputs.options
+    out, lse = attn_ext.attention(query, key, value, return_lse=True, backend=backend, **options)
+    results = {"out": out, "lse": lse}
+    visible_lse = torch.where(torch.isfinite(lse), lse, 0.0)
+    loss = (out.double() * _direction(out)).sum() + (visible_lse.double() * _direction(lse)).sum()
+    results.update(_gradients("", loss, inputs.differentiable))
+    weights = attn_ext.attention_weights(query, key, average=average, backend=backend, **options)
+    results["weights"] = weights
+    loss = (weights.double() * _direction(weights)).sum()
+    results.update(_gradients("weights'", loss, inputs.differentiable))
+    return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def _gradients(prefix: str, loss: Tensor, inputs: list[Tensor]) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    return {f"{prefix} gradient {i}": g for i, g in enumerate(grads) if g is not None}
+
+
+def _direction(like: Tensor) -> Tensor:
+    """The same random direction for every backend and dtype."""
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(like.shape, dtype=torch.float64, generator=generator)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference. Infinities and NaN must be in the same places."""
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite)
+    assert torch.equal(actual[~finite].double().nan_to_num(5.0), expected[~finite].nan_to_num(5.0))
+    if not finite.any():
+        return 0.0
+    return (actual[finite].double() - expected[finite]).square().mean().sqrt().item()
+
+
+def rounding_unit(expected: Tensor, dtype: torch.dtype) -> float:
+    """What rounding a right result to a dtype may cost: the least that an error limit can be.
+
+    Where the exact result cancels to nothing, that of the terms, which are of size 1.
+    """
+    finite = expected[torch.isfinite(expected)]
+    size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
+    return torch.finfo(dtype).eps * (size if size > 1e-12 else 1.0)

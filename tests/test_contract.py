@@ -1,0 +1,349 @@
+"""The contract of every backend, against float64: one suite, run for each of them.
+
+The limit is twice the error that plain PyTorch operations make in the same dtype (or PyTorch's own
+kernel, where it can run the problem), plus one rounding of the result. No tolerance is tuned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, GROUPED, SQUARE, Case, Inputs, Sizes, error, make_inputs, rounding_unit, run
+from torch import Tensor
+
+import attn_ext
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def assert_contract(inputs: Inputs, dtype: torch.dtype, backend: str, average: bool) -> None:
+    """Every result within twice plain PyTorch's error, measured against float64.
+
+    In float64 itself there is nothing finer to measure against: the error that plain PyTorch makes in
+    float32, scaled down to float64's precision, stands for its own.
+    """
+    actual = run(inputs, backend, average)
+    expected = run(inputs.to(torch.float64), "reference", average)
+    plain, precision = run(inputs, "reference", average), 1.0
+    truth = expected
+    if dtype is torch.float64:
+        narrow = inputs.to(torch.float32)
+        plain, truth = run(narrow, "reference", average), run(narrow.to(dtype), "reference", average)
+        precision = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        kind = torch.float32 if tensor.dtype is torch.float32 else dtype
+        assert tensor.dtype == (expected if dtype is torch.float64 else plain)[name].dtype, name
+        assert tensor.shape == expected[name].shape, name
+        plain_error = precision * error(plain[name], truth[name])
+        limit = 2 * plain_error + rounding_unit(expected[name], kind)
+        assert error(tensor, expected[name]) <= limit, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_in_float32(case: Case, backend: str) -> None:
+    assert_contract(make_inputs(case, torch.float32), torch.float32, backend, average=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.name in {"plain", "everything", "head_dim_64", "float_mask"}],
+    ids=lambda case: case.name,
+)
+def test_case_in_other_dtypes(case: Case, dtype: str, backend: str) -> None:
+    inputs = make_inputs(case, DTYPES[dtype])
+    assert_contract(inputs, DTYPES[dtype], backend, average=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_in_every_dtype(case: Case, dtype: str, average: bool, backend: str) -> None:
+    assert_contract(make_inputs(case, DTYPES[dtype]), DTYPES[dtype], backend, average)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head_dim", [*range(1, 34), 48, 63, 65, 80, 96, 127, 128, 160, 256, 384])
+def test_every_head_dim(head_dim: int, backend: str) -> None:
+    sizes = Sizes(1, 2, 1, 50, 70, head_dim, head_dim % 7 + head_dim // 2)
+    inputs = make_inputs(Case("", lambda s: {"causal": True}, sizes), torch.float32)
+    assert_contract(inputs, torch.float32, backend, average=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(120))
+def test_random_combinations(seed: int, backend: str) -> None:
+    """Options of several cases at once, sizes and dtypes at random."""
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    key_heads = choose.choice([1, 2, 3])
+    sizes = Sizes(
+        choose.choice([1, 2, 3]),
+        key_heads * choose.choice([1, 2, 4]),
+        key_heads,
+        choose.choice([1, 2, 12, 25, 48, 70, 131]),
+        choose.choice([1, 3, 63, 64, 66, 129, 200]),
+        choose.choice([1, 7, 16, 40, 64]),
+        choose.choice([2, 8, 17, 64]),
+    )
+    options = {}
+    for case in choose.sample(CASES[:37], 3):
+        options.update(case.options(sizes))
+    dtype = choose.choice(list(DTYPES.values()))
+    inputs = make_inputs(Case("", lambda s: options, sizes), dtype)
+    assert_contract(inputs, dtype, backend, average=bool(seed % 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
+def test_error_beside_pytorchs_own_kernel(
+    dtype: str, causal: bool, masked: bool, backend: str
+) -> None:
+    sizes = Sizes(2, 3, 3, 190, 190, 64, 64)
+    inputs = make_inputs(Case("", lambda s: {}, sizes), DTYPES[dtype])
+    mask = torch.randn(190, 190).to(DTYPES[dtype]) if masked else None
+    dout = torch.randn(inputs.query.shape)
+
+    def results(x: Inputs, name: str) -> list[Tensor]:
+        kind = x.query.dtype
+        m = None if mask is None else mask.to(kind)
+        if name == "torch":
+            out = F.scaled_dot_product_attention(
+                x.query, x.key, x.value, attn_mask=m, is_causal=causal
+            )
+        else:
+            out = attn_ext.attention(
+                x.query, x.key, x.value, attn_mask=m, causal=causal, backend=name
+            )
+        return [out, *torch.autograd.grad(out, [x.query, x.key, x.value], dout.to(kind))]
+
+    expected = results(inputs.to(torch.float64), "reference")
+    for ours, theirs, truth in zip(
+        results(inputs, backend), results(inputs, "torch"), expected, strict=True
+    ):
+        assert error(ours, truth) <= 2 * error(theirs, truth)
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    assert torch.equal(actual, expected)
+
+
+def _layouts(dtype: torch.dtype) -> dict[str, Tensor]:
+    """One tensor of shape (2, 3, 37, 10), laid out in memory in several ways."""
+    base = torch.randn(2, 3, 37, 10).to(dtype)
+    return {
+        "contiguous": base,
+        "heads inside": base.transpose(1, 2).contiguous().transpose(1, 2),
+        "batch inside": base.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+        "head_dim not contiguous": base.transpose(2, 3).contiguous().transpose(2, 3),
+        "inside something larger": torch.nn.functional.pad(base, (3, 4, 1, 2))[..., 1:38, 3:13],
+        "every other row": base.repeat_interleave(2, dim=2)[:, :, ::2],
+        "broadcast batch": base[:1].expand(2, -1, -1, -1),
+    }
+
+
+@pytest.mark.parametrize("layout", _layouts(torch.float32))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_strides(layout: str, dtype: str, backend: str) -> None:
+    query, key, value = (_layouts(DTYPES[dtype])[layout].requires_grad_() for _ in range(3))
+    copies = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (query, key, value)]  # fmt: skip
+    mask = torch.rand(37, 74)[:, ::2] < 0.5
+    out = attn_ext.attention(query, key, value, attn_mask=mask, backend=backend)
+    same = attn_ext.attention(*copies, attn_mask=mask.contiguous(), backend=backend)
+    compare = torch.testing.assert_close if backend == "reference" else assert_equal
+    compare(out, same)
+    dout = torch.randn(2, 37, 3, 10).to(DTYPES[dtype]).transpose(1, 2)
+    grads = torch.autograd.grad(out, (query, key, value), dout)
+    for ours, theirs in zip(grads, torch.autograd.grad(same, copies, dout.contiguous()), strict=True):
+        compare(ours, theirs)
+
+
+def test_output_lies_in_querys_memory_order(backend: str) -> None:
+    query, key, value = torch.randn(3, 2, 19, 4, 8).transpose(2, 3).unbind()
+    out = attn_ext.attention(query, key, value, backend=backend)
+    if backend != "reference":
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("hide", ["causal", "mask", "padding", "float_mask"])
+def test_garbage_reaches_only_rows_that_see_it(
+    bad: float, where: str, hide: str, backend: str
+) -> None:
+    """Forward and backward, with the garbage in key 70 (or row 70): its own tile is an edge."""
+    inputs = make_inputs(Case("", lambda s: {}, SQUARE), torch.float32)
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+    options: dict[str, object] = {"causal": True}
+    if hide != "causal":
+        visible = torch.rand(97, 97) < 0.6
+        visible[:, 70] = torch.arange(97) % 5 == 0
+        options = {"attn_mask": visible}
+        if hide == "float_mask":
+            options = {"attn_mask": torch.zeros(97, 97).masked_fill(~visible, float("-inf"))}
+        if hide == "padding":
+            options = {"key_padding_mask": (torch.arange(97) != 70).expand(2, 97)}
+    seen = attn_ext.attention_weights(
+        inputs.query, inputs.key, average=False, backend="reference", **options
+    ).detach()[0, 0] > 0
+
+    def results() -> list[Tensor]:
+        out, lse = attn_ext.attention(
+            **tensors, return_lse=True, backend=backend, **options
+        )
+        dout = torch.ones_like(out)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, list(tensors.values()), dout)]
+
+    clean = results()
+    with torch.no_grad():
+        tensors[where][:, :, 70] = bad
+    dirty = results()
+    touched_rows = seen[:, 70] if where != "query" else torch.arange(97) == 70
+    # A row that sees garbage passes it to every key that it sees, and to no other key.
+    touched_keys = seen[touched_rows].any(dim=0)
+    for name, before, after in zip(
+        ("out", "lse", "dquery", "dkey", "dvalue"), clean, dirty, strict=True
+    ):
+        touched = touched_keys if name in ("dkey", "dvalue") else touched_rows
+        torch.testing.assert_close(after[:, :, ~touched], before[:, :, ~touched])
+    if where == "value" or bad != bad:
+        assert not torch.isfinite(dirty[0][:, :, touched_rows]).any()
+
+
+def test_rows_without_keys(backend: str) -> None:
+    """Output 0, LSE -inf, gradient 0; and the other rows do not notice."""
+    inputs = make_inputs(Case("", lambda s: {}, SQUARE), torch.float32)
+    mask = torch.rand(97, 97) < 0.5
+    mask[[3, 48, 96]] = False
+    out, lse = attn_ext.attention(
+        inputs.query, inputs.key, inputs.value, attn_mask=mask, return_lse=True, backend=backend
+    )
+    assert (out[:, :, [3, 48, 96]] == 0).all()
+    assert (lse[:, :, [3, 48, 96]] == float("-inf")).all()
+    loss = out.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+    grads = torch.autograd.grad(loss, inputs.differentiable)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert (grads[0][:, :, [3, 48, 96]] == 0).all()
+    weights = attn_ext.attention_weights(inputs.query, inputs.key, attn_mask=mask, backend=backend)
+    assert (weights[:, [3, 48, 96]] == 0).all()
+
+
+def test_dropout_is_the_same_everywhere(backend: str) -> None:
+    """The very weights that the generator names are dropped, in both passes and at any cut."""
+    from attn_ext.philox import keep_mask
+
+    query, key = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 70, 8)
+    settings = {"dropout_p": 0.4, "seed": 12345, "offset": 9, "backend": backend}
+    weights = attn_ext.attention_weights(query, key, average=False, **settings)
+    assert torch.equal(weights != 0, keep_mask((2, 3, 50, 70), 0.4, 12345, 9))
+    # The rows from 20 on and the keys from 30 on, cut out and placed by their absolute positions.
+    part = attn_ext.attention_weights(
+        query[:, :, 20:], key[:, :, 30:], average=False, q_start=20, k_start=30, **settings
+    )
+    assert torch.equal(part != 0, (weights != 0)[:, :, 20:, 30:])
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_are_the_ones_used(average: bool, backend: str) -> None:
+    inputs = make_inputs(Case("", lambda s: {}, GROUPED), torch.float32)
+    settings = {"dropout_p": 0.3, "seed": 4, "softcap": 2.0, "causal": "lower_right"}
+    out, lse = attn_ext.attention(
+        inputs.query, inputs.key, inputs.value, return_lse=True, backend=backend, **settings
+    )
+    weights = attn_ext.attention_weights(
+        inputs.query, inputs.key, lse=lse, average=average, backend=backend, **settings
+    )
+    if average:
+        single = attn_ext.attention_weights(
+            inputs.query, inputs.key, average=False, backend=backend, **settings
+        )
+        torch.testing.assert_close(weights, single.mean(dim=1))
+    else:
+        value = inputs.value.repeat_interleave(3, dim=1)
+        torch.testing.assert_close(weights @ value, out, atol=1e-5, rtol=1e-5)
+
+
+def test_backward_is_deterministic(backend: str) -> None:
+    case = next(case for case in CASES if case.name == "everything")
+    inputs = make_inputs(case, torch.float32)
+    first, second = run(inputs, backend), run(inputs, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask_dtype"),
+    list(itertools.product(["bfloat16", "float16", "float32"], ["float32"]))
+    + [("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64")],
+)
+def test_mask_dtypes(dtype: str, mask_dtype: str, backend: str) -> None:
+    sizes = Sizes(2, 3, 3, 21, 34, 8, 9)
+    mask = torch.randn(21, 34).to(DTYPES[mask_dtype]).requires_grad_()
+    inputs = make_inputs(Case("", lambda s: {}, sizes), DTYPES[dtype])
+    out = attn_ext.attention(inputs.query, inputs.key, inputs.value, attn_mask=mask, backend=backend)
+    (grad,) = torch.autograd.grad(out.double().square().sum(), mask)
+    assert grad.dtype == mask.dtype
+    exact = inputs.to(torch.float64)
+    wide = mask.detach().double().requires_grad_()
+    truth = attn_ext.attention(exact.query, exact.key, exact.value, attn_mask=wide, backend="reference")
+    (expected,) = torch.autograd.grad(truth.square().sum(), wide)
+    tolerance = 20 * torch.finfo(DTYPES[dtype]).eps
+    torch.testing.assert_close(grad.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 61, 1), (2, 1, 61, 1), (3, 1, 1), (1,)])
+def test_mask_without_a_key_dimension(shape: tuple[int, ...], backend: str) -> None:
+    """Its gradient is a sum over whole rows, where nearly everything cancels: compared in absolute size."""
+    case = Case("", lambda s: {"sinks": torch.randn(s.query_heads, dtype=torch.float64)})
+    inputs = make_inputs(case, torch.float32)
+    inputs.options["attn_mask"] = torch.randn(shape).requires_grad_()
+    actual, expected = run(inputs, backend), run(inputs.to(torch.float64), "reference")
+    for name, tensor in actual.items():
+        terms = 61 * 83 * 6 / inputs.options["attn_mask"].numel() if "gradient 3" in name else 83
+        tolerance = torch.finfo(torch.float32).eps * terms
+        torch.testing.assert_close(tensor.double(), expected[name], atol=tolerance, rtol=1e-5)
+
+
+GRADCHECK_OPTIONS = {
+    "plain": {},
+    "masks": {"attn_mask": "float", "key_padding_mask": torch.tensor([[True, False, True, True, True]])},
+    "dropout": {"dropout_p": 0.3, "seed": 3},
+    "sinks": {"sinks": torch.tensor([0.3, -0.2], dtype=torch.float64), "causal": "lower_right"},
+    "window": {"window": (1, 1), "softcap": 1.3, "alibi_slopes": torch.tensor([0.5, 0.25])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADCHECK_OPTIONS)
+def test_gradients_of_both_orders(name: str, backend: str) -> None:
+    options = dict(GRADCHECK_OPTIONS[name])
+    tensors = [torch.randn(1, heads, length, dim, dtype=torch.float64, requires_grad=True)
+               for heads, length, dim in ((2, 3, 4), (1, 5, 4), (1, 5, 2))]  # fmt: skip
+    extra = [options.pop("sinks")] if "sinks" in options else []
+    if options.get("attn_mask") == "float":
+        options.pop("attn_mask")
+        mask = torch.randn(2, 3, 5, dtype=torch.float64)
+        tensors.append(mask.requires_grad_())
+    tensors += [x.clone().requires_grad_() for x in extra]
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(["sinks" if extra else "attn_mask"], more, strict=False))
+        out, lse = attn_ext.attention(
+            query, key, value, return_lse=True, backend=backend, **named, **options
+        )
+        weights = attn_ext.attention_weights(
+            query, key, backend=backend, **named, **options
+        )
+        return out, lse, weights
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
