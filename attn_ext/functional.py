@@ -280,7 +280,11 @@ def _autocast(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Under autocast everything floating but float64 goes to its dtype; a float32 mask may stay."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if (
+        not isinstance(query, Tensor)
+        or query.is_meta
+        or not torch.is_autocast_enabled(query.device.type)
+    ):
         return query, key, value, attn_mask, key_padding_mask
     dtype = torch.get_autocast_dtype(query.device.type)
 

@@ -51,7 +51,7 @@ def attention(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
     if backend == "reference" or _needs_forward_mode(problem):
         return reference.forward(problem)
     if _is_traced(problem):
-        return torch.ops.attn_ext.attention(*_operator_arguments(problem, backend))
+        return _call("attention", *_operator_arguments(problem, backend))
     module = dispatch.select(problem, backend)
     if module is reference or not _needs_gradient(problem):
         return module.forward(problem)
@@ -74,7 +74,7 @@ def attention_weights(
         return reference.weights(problem, lse, average)
     if _is_traced(problem):
         tensors, options = _split_arguments(problem, backend)
-        return torch.ops.attn_ext.attention_weights(*tensors, lse, average, *options)
+        return _call("attention_weights", *tensors, lse, average, *options)
     module = dispatch.select(problem, backend)
     if module is reference or not (
         _needs_gradient(problem) or (torch.is_grad_enabled() and lse.requires_grad)
@@ -550,8 +550,8 @@ def _attention_gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]
     inputs, (out, lse) = _saved(ctx)
     tensors, options = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT:]
     mask_gradient = ctx.needs_input_grad[3]
-    dq, dk, dv, dmask, dsinks = torch.ops.attn_ext.attention_backward(
-        *tensors, out, lse, dout, dlse, mask_gradient, *options
+    dq, dk, dv, dmask, dsinks = _call(
+        "attention_backward", *tensors, out, lse, dout, dlse, mask_gradient, *options
     )
     mask = dmask if mask_gradient else None
     sinks = None if tensors[6] is None else dsinks
@@ -580,8 +580,8 @@ def _weights_gradient(ctx: Any, dweights: Tensor) -> tuple[Any, ...]:
     tensors, (lse, average) = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT : _TENSOR_COUNT + 2]
     options = inputs[_TENSOR_COUNT + 2 :]
     mask_gradient = ctx.needs_input_grad[3]
-    dq, dk, dmask, dlse = torch.ops.attn_ext.attention_weights_backward(
-        *tensors, lse, dweights, average, mask_gradient, *options
+    dq, dk, dmask, dlse = _call(
+        "attention_weights_backward", *tensors, lse, dweights, average, mask_gradient, *options
     )
     mask = dmask if mask_gradient else None
     return (dq, dk, None, mask, *(None,) * 4, dlse, None, *(None,) * _OPTION_COUNT)
@@ -665,39 +665,67 @@ def _vmap_by_folding(operator: Any, info: Any, in_dims: tuple[Any, ...], argumen
     return tuple(unfold(part) for part in result), dims
 
 
-def _register() -> None:
-    """One line an operator: kernel, fake kernel, backward pass."""
-    table = (
-        ("attention", _attention_kernel, _attention_fake, _attention_setup, _attention_gradient),
-        (
-            "attention_backward",
-            _attention_backward_kernel,
-            _attention_backward_fake,
-            _backward_setup,
-            _attention_second_gradient,
-        ),
-        ("attention_weights", _weights_kernel, _weights_fake, _backward_setup, _weights_gradient),
-        (
-            "attention_weights_backward",
-            _weights_backward_kernel,
-            _weights_backward_fake,
-            _backward_setup,
-            _weights_second_gradient,
-        ),
-    )
-    for name, kernel, fake, setup, gradient in table:
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"attn_ext::{name}", fake, lib=library)
-        torch.library.register_autograd(
-            f"attn_ext::{name}", gradient, setup_context=setup, lib=library
-        )
-        operator = getattr(torch.ops.attn_ext, name)
-
-        def vmap(info: Any, in_dims: Any, *arguments: Any, operator: Any = operator) -> Any:
-            folded = _vmap_by_folding(operator, info, in_dims, arguments)
-            return folded or _vmap_by_loop(operator, info, in_dims, arguments)
-
-        torch.library.register_vmap(f"attn_ext::{name}", vmap, lib=library)
+_transformed: dict[str, type[torch.autograd.Function]] = {}
 
 
-_register()
+def _call(name: str, *arguments: Any) -> Any:
+    """Call an operator, through its autograd function that torch.func understands where that is active."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _transformed[name].apply(*arguments)
+    return getattr(torch.ops.attn_ext, name)(*arguments)
+
+
+def _make_transformed(
+    operator: Any, setup: Any, gradient: Any
+) -> type[torch.autograd.Function]:
+    """An operator as torch.func wants it; the formula that register_autograd takes has no such form."""
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *output_gradients: Any) -> Any:
+            return gradient(ctx, *output_gradients)
+
+    return Transformed
+
+
+def _register(name: str, kernel: Any, fake: Any, setup: Any, gradient: Any) -> None:
+    qualified = f"attn_ext::{name}"
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, gradient, setup_context=setup, lib=library)
+    operator = getattr(torch.ops.attn_ext, name)
+
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        folded = _vmap_by_folding(operator, info, in_dims, arguments)
+        return folded or _vmap_by_loop(operator, info, in_dims, arguments)
+
+    torch.library.register_vmap(qualified, vmap, lib=library)
+    _transformed[name] = _make_transformed(operator, setup, gradient)
+
+
+_register("attention", _attention_kernel, _attention_fake, _attention_setup, _attention_gradient)
+_register(
+    "attention_backward",
+    _attention_backward_kernel,
+    _attention_backward_fake,
+    _backward_setup,
+    _attention_second_gradient,
+)
+_register("attention_weights", _weights_kernel, _weights_fake, _backward_setup, _weights_gradient)
+_register(
+    "attention_weights_backward",
+    _weights_backward_kernel,
+    _weights_backward_fake,
+    _backward_setup,
+    _weights_second_gradient,
+)

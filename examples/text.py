@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PIECE = re.compile(r" ?[^\W\d_]+| +|\n+ *|.", re.DOTALL)
-"""A word with the space before it, a run of spaces, a line's end and indentation, or a character."""
+"""A word with the space before it, spaces, a line's end and indentation, or one character."""
 
 
 def load_text() -> str:

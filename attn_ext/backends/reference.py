@@ -171,7 +171,11 @@ def _dropped(problem: Problem, weights: Tensor) -> Tensor:
 
 def _has_non_finite(*tensors: Tensor) -> bool:
     """Whether the slow exact products are needed; not asked where tensors have no values to look at."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
+    ):
         return False
     return not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 

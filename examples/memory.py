@@ -1,0 +1,73 @@
+"""The peak memory of a training step, measured in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+import attn_ext
+from examples.language_model import LanguageModel, ModelConfig
+from examples.training import Trainer
+
+
+def peak_memory(config: ModelConfig, batch: int, swapped: bool) -> int:
+    """Bytes that training steps of a (batch, context) batch need on top of a tiny step's.
+
+    A new process takes a step on sequences of 8 tokens, so that libraries, weights, gradients and
+    the optimizer's state are there, notes its memory, then takes full steps and notes its peak.
+
+    Args:
+        config: sizes of the model.
+        batch: sequences a step.
+        swapped: whether attn_ext replaces the model's attention.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(_measure, config, batch, swapped, torch.get_num_threads()).result()
+
+
+def _measure(config: ModelConfig, batch: int, swapped: bool, threads: int) -> int:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    if swapped:
+        attn_ext.replace_multihead_attention(model)
+    trainer = Trainer(model, steps=4, learning_rate=1e-3)
+    backend = attention_backend(config) if swapped else None
+    with attn_ext.use_backend(backend):
+        _step(trainer, batch, min(8, config.context))
+        before, _ = _resident_and_peak()
+        for _ in range(2):
+            _step(trainer, batch, config.context)
+    return _resident_and_peak()[1] - before
+
+
+def attention_backend(config: ModelConfig) -> str:
+    """The attn_ext backend that runs the attention of such a model on this machine."""
+    query = torch.zeros(1, config.heads, config.context, config.width // config.heads)
+    backend = attn_ext.explain(query, query, query, causal=True).backend
+    assert backend is not None
+    return backend
+
+
+def _step(trainer: Trainer, batch: int, context: int) -> None:
+    tokens = torch.zeros(batch, context, dtype=torch.int64)
+    trainer.step(tokens, tokens)
+
+
+def _resident_and_peak() -> tuple[int, int]:
+    """This process's memory now and at its highest, in bytes.
+
+    Linux keeps the peak that getrusage reports from the parent process across exec, so it is read
+    from /proc there. Elsewhere only the peak is known, and stands for both.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            lines = dict(line.split(":", 1) for line in status)
+        return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak, peak

@@ -1,0 +1,253 @@
+"""The registered operators, and the parts of PyTorch that must work on top of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import attn_ext
+from attn_ext import ops
+from attn_ext.problem import Problem
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mask and sinks": {"attn_mask": torch.randn(1, 1, 5, 7), "sinks": torch.randn(4), "causal": True},
+    "dropout": {"dropout_p": 0.3, "softcap": 2.0, "window": (2, 1)},
+}  # fmt: skip
+
+
+def tensors(dtype: torch.dtype = torch.float32, grad: bool = True) -> list[Tensor]:
+    shapes = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def function(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Everything public that has an operator under it."""
+    if options.get("dropout_p"):
+        options = {"seed": 5, **options}
+    out, lse = attn_ext.attention(query, key, value, return_lse=True, **options)
+    return out, lse, attn_ext.attention_weights(query, key, lse=lse, **options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("operator", ["attention", "attention_backward", "attention_weights", "attention_weights_backward"])  # fmt: skip
+def test_opcheck(operator: str, name: str) -> None:
+    options = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    problem = Problem.build(*tensors(), **options)
+    problem.seed = 7
+    with torch.no_grad():
+        out, lse = attn_ext.attention(*tensors(), return_lse=True)
+    mask_gradient = problem.attn_mask is not None
+    weights = torch.randn(2, 5, 7)
+    between: tuple[Any, ...] = {
+        "attention": (),
+        "attention_backward": (out, lse, torch.randn_like(out), torch.randn_like(lse), mask_gradient),
+        "attention_weights": (lse, True),
+        "attention_weights_backward": (lse, weights, True, mask_gradient),
+    }[operator]
+    if "weights" in operator:
+        problem = problem.replace(sinks=None)
+    arguments, options_ = ops._split_arguments(problem, None)
+    overload = getattr(torch.ops.attn_ext, operator).default
+    torch.library.opcheck(overload, (*arguments, *between, *options_))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compile(name: str, dynamic: bool) -> None:
+    inputs = tensors()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (5, 5):
+        expected, actual = function(*inputs, **OPTIONS[name]), compiled(*inputs, **OPTIONS[name])
+        directions = [torch.randn_like(x) for x in expected]
+        torch.testing.assert_close(actual, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(actual, inputs, directions),
+            torch.autograd.grad(expected, inputs, directions),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+        assert length == inputs[0].shape[2]
+
+
+def test_compile_with_inductor_and_a_drawn_seed() -> None:
+    inputs = tensors()
+    compiled = torch.compile(
+        lambda q, k, v: attn_ext.attention(q, k, v, dropout_p=0.5, causal=True) * 2, fullgraph=True
+    )
+    first, second = compiled(*inputs), compiled(*inputs)
+    assert not torch.equal(first, second)
+    grads = torch.autograd.grad(first.sum(), inputs)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_compiled_code_looks_at_use_backend_when_it_runs() -> None:
+    compiled = torch.compile(attn_ext.attention, fullgraph=True, backend="aot_eager")
+    inputs = tensors(grad=False)
+    compiled(*inputs)
+    with attn_ext.use_backend("reference"):
+        assert torch.equal(compiled(*inputs), attn_ext.attention(*inputs))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            return function(query, key, value, causal="lower_right")
+
+    inputs = tuple(tensors(grad=False))
+    program = torch.export.export(Model(), inputs, strict=strict)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"attn_ext.attention.default", "attn_ext.attention_weights.default"} <= names
+    torch.testing.assert_close(program.module()(*inputs), function(*inputs, causal="lower_right"))
+
+
+@pytest.mark.parametrize("name", ["plain", "mask and sinks"])
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 0, 2)])
+def test_vmap(name: str, in_dims: tuple[int | None, ...]) -> None:
+    options = OPTIONS[name]
+    inputs = []
+    for tensor, dim in zip(tensors(grad=False), in_dims, strict=True):
+        parts = [torch.randn_like(tensor) for _ in range(3)]
+        inputs.append(tensor if dim is None else torch.stack(parts, dim))
+    mapped = lambda *x: function(*x, **options)  # noqa: E731
+    actual = torch.func.vmap(mapped, in_dims)(*inputs)
+    for index in range(3):
+        sample = [
+            x if dim is None else x.select(dim, index)
+            for x, dim in zip(inputs, in_dims, strict=True)
+        ]
+        for ours, theirs in zip(actual, mapped(*sample), strict=True):
+            torch.testing.assert_close(ours[index], theirs)
+
+
+def test_vmap_over_everything_else() -> None:
+    query, key, value = tensors(grad=False)
+    sinks, masks = torch.randn(3, 4), torch.rand(3, 5, 7) < 0.7
+    attend = lambda s, m: attn_ext.attention(query, key, value, sinks=s, attn_mask=m)  # noqa: E731
+    actual = torch.func.vmap(attend)(sinks, masks)
+    for index in range(3):
+        torch.testing.assert_close(actual[index], attend(sinks[index], masks[index]))
+
+
+def test_per_sample_gradients() -> None:
+    query, key, value = (torch.randn(3, *x.shape) for x in tensors(grad=False))
+    mask = torch.randn(5, 7)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return sum(x.square().sum() for x in function(q, k, v, attn_mask=m))  # type: ignore[return-value]
+
+    gradient = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    actual = torch.func.vmap(gradient, (0, 0, 0, None))(query, key, value, mask)
+    for index in range(3):
+        expected = gradient(query[index], key[index], value[index], mask)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours[index], theirs)
+
+
+def test_jvp_and_hessian() -> None:
+    inputs = tensors(torch.float64, grad=False)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    with attn_ext.use_backend("reference"):
+        _, expected = torch.func.jvp(function, tuple(inputs), tangents)
+    _, actual = torch.func.jvp(function, tuple(inputs), tangents)
+    torch.testing.assert_close(actual, expected)
+    step = 1e-6
+    ahead = function(*(x + step * t for x, t in zip(inputs, tangents, strict=True)))
+    behind = function(*(x - step * t for x, t in zip(inputs, tangents, strict=True)))
+    for tangent, a, b in zip(actual, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (a - b) / (2 * step), atol=1e-6, rtol=1e-5)
+    small = torch.randn(1, 1, 2, 3, dtype=torch.float64)
+    loss = lambda q: attn_ext.attention(q, small, small).square().sum()  # noqa: E731
+    expected_hessian = torch.autograd.functional.hessian(loss, small)
+    torch.testing.assert_close(torch.func.hessian(loss)(small), expected_hessian)
+
+
+def test_dual_tensors() -> None:
+    query, key, value = tensors(torch.float64, grad=False)
+    tangent = torch.randn_like(query)
+    with forward_ad.dual_level():
+        out = attn_ext.attention(forward_ad.make_dual(query, tangent), key, value)
+        actual = forward_ad.unpack_dual(out).tangent
+    _, expected = torch.func.jvp(lambda q: attn_ext.attention(q, key, value), (query,), (tangent,))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    """The recomputed forward pass drops the same weights."""
+    inputs = tensors()
+
+    def attend(*x: Tensor) -> Tensor:
+        return attn_ext.attention(*x, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    expected = attend(*inputs)
+    grads = torch.autograd.grad(expected.sum(), inputs)
+    torch.manual_seed(1)
+    actual = checkpoint(attend, *inputs, use_reentrant=reentrant)
+    actual.sum().backward()
+    assert torch.equal(actual, expected)
+    for ours, theirs in zip(inputs, grads, strict=True):
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, theirs)
+
+
+def test_saved_tensor_hooks_see_every_tensor() -> None:
+    packed = []
+    inputs = tensors()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        out = attn_ext.attention(*inputs)
+    assert {x.data_ptr() for x in inputs} <= {x.data_ptr() for x in packed}
+    out.sum().backward()
+
+
+class Sizes(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def test_nothing_of_length_by_length() -> None:
+    length = 700
+    query, key, value = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+    padding = torch.ones(1, length, dtype=torch.bool)
+    options: dict[str, Any] = {"causal": True, "key_padding_mask": padding, "dropout_p": 0.1}
+    with Sizes() as traced:
+        attn_ext.attention(query, key, value, **options).sum().backward()
+    assert 0 < traced.largest < length * length
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        out = attn_ext.attention(query, key, value, **options)
+    out.sum().backward()
+    assert max(kept) < length * length
+    with Sizes() as traced:
+        attn_ext.attention_weights(query, key)
+    assert traced.largest == length * length
+
+
+def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    inputs = tensors()
+    with Names():
+        attn_ext.attention(*inputs).sum().backward()
+    assert "attn_ext.attention.default" in names
+    assert "attn_ext.attention_backward.default" in names
