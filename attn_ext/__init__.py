@@ -12,15 +12,21 @@ from attn_ext.functional import (
     explain,
     scaled_dot_product_attention,
 )
+from attn_ext.multihead import MultiheadAttention, multi_head_attention_forward
+from attn_ext.replacement import replace_multihead_attention, restore_multihead_attention
 
 __all__ = [
     "BACKENDS",
     "Explanation",
     "__version__",
+    "MultiheadAttention",
     "ReferenceFallbackWarning",
     "attention",
     "attention_weights",
     "explain",
+    "multi_head_attention_forward",
+    "replace_multihead_attention",
+    "restore_multihead_attention",
     "scaled_dot_product_attention",
     "use_backend",
 ]

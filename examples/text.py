@@ -20,7 +20,9 @@ def load_text() -> str:
 
     Some topics quote others; a repeated paragraph would put held-out text into the training text.
     """
-    paragraphs = (part for name in sorted(topics) for part in topics[name].split("\n\n"))
+    paragraphs = (
+        part for name in sorted(topics) for part in re.split("\n\n+", topics[name].strip("\n"))
+    )
     return "\n\n".join(dict.fromkeys(paragraphs))
 
 
