@@ -1,0 +1,514 @@
+"""MultiheadAttention beside torch.nn.MultiheadAttention: results, gradients, errors, and everything around."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attn_ext
+from attn_ext import MultiheadAttention
+
+N, L, S, E, H = 3, 5, 7, 12, 4
+INF = float("-inf")
+
+
+def pair(seed: int = 0, **options: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
+    """The stock module and ours, drawn under the same seed, with biases that are not zero."""
+    modules = []
+    for make in (nn.MultiheadAttention, MultiheadAttention):
+        torch.manual_seed(seed)
+        module = make(**{"embed_dim": E, "num_heads": H, **options})
+        with torch.no_grad():
+            for parameter in (module.in_proj_bias, module.out_proj.bias):
+                if parameter is not None:
+                    parameter.normal_()
+        modules.append(module)
+    return modules[0], modules[1]  # type: ignore[return-value]
+
+
+def masks(kind: str) -> dict[str, Tensor]:
+    """attn_mask and key_padding_mask by name; True and -inf are ignored, and no row is left without keys."""
+    attn = torch.rand(L, S) < 0.4
+    attn[:, 0] = False
+    padding = torch.zeros(N, S, dtype=torch.bool)
+    padding[0, 4:] = padding[1, 6:] = True
+    heads = (torch.rand(N * H, L, S) < 0.4).index_fill(2, torch.tensor([0]), False)
+    table = {
+        "none": {},
+        "bool": {"attn_mask": attn},
+        "float": {"attn_mask": torch.randn(L, S).masked_fill(attn, INF)},
+        "bool heads": {"attn_mask": heads},
+        "float heads": {"attn_mask": torch.randn(N * H, L, S)},
+        "padding": {"key_padding_mask": padding},
+        "float padding": {"key_padding_mask": torch.randn(N, S).masked_fill(padding, INF)},
+        "both bool": {"attn_mask": attn, "key_padding_mask": padding},
+        "both float": {"attn_mask": torch.randn(L, S), "key_padding_mask": torch.randn(N, S)},
+        "float heads, padding": {"attn_mask": torch.randn(N * H, L, S), "key_padding_mask": padding},
+    }
+    return table[kind]
+
+
+MASKS = ("none", "bool", "float", "bool heads", "float heads", "padding", "float padding", "both bool", "both float", "float heads, padding")  # fmt: skip
+
+
+def inputs(module: nn.MultiheadAttention, which: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def make(length: int, width: int) -> Tensor:
+        shape = (N, length, width) if module.batch_first else (length, N, width)
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    if which == "self":
+        x = make(S, E)
+        return [x, x, x]
+    query, key = make(L, E), make(S, module.kdim)
+    return [query, key, key] if which == "key is value" else [query, key, make(S, module.vdim)]
+
+
+def results(module: nn.MultiheadAttention, tensors: list[Tensor], **options: Any) -> dict[str, Tensor]:
+    out, weights = module(*tensors, **options)
+    generator = torch.Generator().manual_seed(4)
+    loss = (out * torch.randn(out.shape, generator=generator).to(out.dtype)).sum()
+    found = {"out": out}
+    if weights is not None:
+        found["weights"] = weights
+        loss = loss + (weights * torch.randn(weights.shape, generator=generator).to(out.dtype)).sum()
+    leaves = {f"input {i}": x for i, x in enumerate(tensors) if all(x is not y for y in tensors[:i])}
+    leaves.update(module.named_parameters())
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found.update({f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None})
+    return {name: x.detach() for name, x in found.items()}
+
+
+def rms(difference: Tensor) -> float:
+    return difference.double().square().mean().sqrt().item()
+
+
+def assert_like_stock(
+    stock: nn.MultiheadAttention, ours: nn.MultiheadAttention, tensors: list[Tensor], **options: Any
+) -> None:
+    """Our error against the stock module in float64 is at most twice that of the stock module."""
+    wide = copy.deepcopy(stock).double()
+    wide_tensors: list[Tensor] = []
+    for index, x in enumerate(tensors):
+        same = next((j for j in range(index) if tensors[j] is x), None)
+        wide_tensors.append(x.detach().double().requires_grad_() if same is None else wide_tensors[same])
+    wide_options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    truth = results(wide, wide_tensors, **wide_options)
+    theirs, actual = results(stock, tensors, **options), results(ours, tensors, **options)
+    assert actual.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert actual[name].dtype == theirs[name].dtype, name
+        assert actual[name].shape == theirs[name].shape, name
+        rounding = torch.finfo(theirs[name].dtype).eps * max(rms(expected), 1e-2)
+        assert rms(actual[name] - expected) <= 2 * rms(theirs[name] - expected) + rounding, name
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_masks(kind: str, batch_first: bool, need_weights: bool) -> None:
+    stock, ours = pair(batch_first=batch_first)
+    assert_like_stock(stock, ours, inputs(stock, "cross"), need_weights=need_weights, **masks(kind))
+
+
+CONSTRUCTORS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+    "bias_kv and zero_attn": {"add_bias_kv": True, "add_zero_attn": True},
+    "kdim and vdim": {"kdim": 6, "vdim": 10},
+    "kdim, no bias": {"kdim": 6, "bias": False},
+    "one head": {"num_heads": 1},
+    "every option": {"kdim": 6, "vdim": 10, "add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("kind", ["none", "both bool", "both float"])
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructors(name: str, kind: str, average: bool) -> None:
+    stock, ours = pair(**CONSTRUCTORS[name])
+    options = masks(kind)
+    assert_like_stock(stock, ours, inputs(stock, "cross"), average_attn_weights=average, **options)
+
+
+@pytest.mark.parametrize("which", ["self", "key is value", "cross"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_identities_of_the_inputs(which: str, batch_first: bool) -> None:
+    stock, ours = pair(batch_first=batch_first)
+    assert_like_stock(stock, ours, inputs(stock, which))
+    assert_like_stock(stock.eval(), ours.eval(), inputs(stock, which), need_weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dtypes(dtype: torch.dtype, need_weights: bool) -> None:
+    stock, ours = pair(dtype=dtype)
+    tensors = inputs(stock, "cross", dtype)
+    if dtype is torch.float64:
+        torch.testing.assert_close(results(ours, tensors), results(stock, tensors))
+    else:
+        assert_like_stock(stock, ours, tensors, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "heads"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_unbatched(kind: str, padded: bool, batch_first: bool) -> None:
+    stock, ours = pair(batch_first=batch_first)
+    tensors = [torch.randn(L, E).requires_grad_(), *(torch.randn(S, E).requires_grad_() for _ in range(2))]
+    options = masks({"heads": "none"}.get(kind, kind))
+    if kind == "heads":
+        options["attn_mask"] = torch.randn(H, L, S)
+    if padded:
+        padding = torch.arange(S) > 4
+        options["key_padding_mask"] = padding if kind == "bool" else torch.zeros(S).masked_fill(padding, INF)
+    assert_like_stock(stock, ours, tensors, **options)
+
+
+def test_causal_hint_with_its_mask() -> None:
+    stock, ours = pair()
+    for mask in (nn.Transformer.generate_square_subsequent_mask(S), torch.ones(S, S).triu(1).bool()):
+        for need_weights in (False, True):
+            options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+            assert_like_stock(stock, ours, inputs(stock, "self"), **options)
+
+
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_causality_and_the_mask_both_hold_on_every_path(
+    extra: dict[str, bool], training: bool, need_weights: bool
+) -> None:
+    """Where the hint is wrong, the original drops the mask or the hint, depending on the path."""
+    stock, ours = pair(**extra)
+    x = torch.randn(S, N, E)
+    wrong = torch.rand(S, S) < 0.3
+    wrong.fill_diagonal_(False)
+    both = wrong | torch.ones(S, S).triu(1).bool()
+    expected, expected_weights = stock.eval()(x, x, x, attn_mask=both)
+    for mask in (wrong, torch.zeros(S, S).masked_fill(wrong, INF)):
+        out, weights = ours.train(training)(x, x, x, attn_mask=mask, is_causal=True, need_weights=need_weights)
+        torch.testing.assert_close(out, expected)
+        if need_weights:
+            torch.testing.assert_close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_rows_without_keys(need_weights: bool) -> None:
+    """The original gives NaN."""
+    _, ours = pair()
+    query, key, value = inputs(ours, "cross")
+    padding = torch.zeros(N, S, dtype=torch.bool)
+    padding[1] = True
+    out, weights = ours(query, key, value, key_padding_mask=padding, need_weights=need_weights)
+    torch.testing.assert_close(out[:, 1], ours.out_proj.bias.expand(L, E))
+    assert torch.isfinite(out).all()
+    if need_weights:
+        assert (weights[1] == 0).all()
+        out = out + weights.sum()
+    out.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
+
+
+def test_dropout_is_applied_and_seen_in_the_weights() -> None:
+    _, ours = pair(dropout=0.5)
+    x = torch.randn(40, N, E)
+    torch.manual_seed(1)
+    out, weights = ours(x, x, x, average_attn_weights=False)
+    assert (weights == 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    value = F.linear(x, ours.in_proj_weight[2 * E :], ours.in_proj_bias[2 * E :])
+    heads = value.unflatten(-1, (H, -1)).permute(1, 2, 0, 3)
+    torch.testing.assert_close(ours.out_proj((weights @ heads).permute(2, 0, 1, 3).flatten(-2)), out)
+    torch.manual_seed(1)
+    assert torch.equal(ours(x, x, x, need_weights=False)[0], out)
+    assert (ours.eval()(x, x, x, average_attn_weights=False)[1] != 0).all()
+
+
+def test_everything_dropped() -> None:
+    stock, ours = pair(dropout=1.0)
+    tensors = inputs(stock, "cross")
+    expected, actual = results(stock, tensors), results(ours, tensors)
+    assert torch.equal(actual["out"], expected["out"])
+    assert torch.equal(actual["weights"], expected["weights"])
+
+
+# --- What stays the same around it
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_parameters_are_drawn_and_kept_alike(name: str) -> None:
+    stock, ours = pair(**CONSTRUCTORS[name])
+    assert isinstance(ours, nn.MultiheadAttention)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
+    stock.load_state_dict(ours.state_dict())
+    ours.load_state_dict(stock.state_dict())
+
+
+def test_copies_and_pickles() -> None:
+    _, ours = pair()
+    x = torch.randn(L, N, E)
+    expected = ours(x, x, x)[0]
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(twin) is MultiheadAttention
+        assert torch.equal(twin(x, x, x)[0], expected)
+        assert len(twin._forward_pre_hooks) == 1
+    state = ours.__getstate__()
+    del state["_qkv_same_embed_dim"]
+    old = MultiheadAttention.__new__(MultiheadAttention)
+    old.__setstate__(state)
+    assert torch.equal(old(x, x, x)[0], expected)
+
+
+def test_device_and_dtype_arguments() -> None:
+    module = MultiheadAttention(E, H, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_out_proj_is_called_as_a_module() -> None:
+    _, ours = pair()
+    x = torch.randn(L, N, E)
+    seen = []
+    ours.out_proj.register_forward_hook(lambda module, args, out: seen.append(1) or out * 2)
+    expected = F.linear(torch.zeros(1, E), ours.out_proj.weight, ours.out_proj.bias)
+    assert ours(x, x, x)[0].shape == (L, N, E)
+    assert seen == [1]
+    assert expected.shape == (1, E)
+    ours.out_proj = nn.Sequential(ours.out_proj, nn.Linear(E, 3))  # such as LoRA and adapters
+    assert ours(x, x, x)[0].shape == (L, N, 3)
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that copy whole tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten.cat.default):  # fmt: skip
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("which", ["self", "key is value", "cross"])
+def test_no_transpose_copies(batch_first: bool, which: str) -> None:
+    ours = MultiheadAttention(E, H, batch_first=batch_first)
+    tensors = inputs(ours, which)
+    with Copies() as copies:
+        out, _ = ours(*tensors, need_weights=False)
+    assert copies.names == []
+    assert out.is_contiguous()
+
+
+# --- Errors
+
+
+def x(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(shape, **options)
+
+
+ERRORS: dict[str, tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = {
+    "4-D query": ({}, [x(1, L, N, E), x(S, N, E), x(S, N, E)], {}),
+    "1-D query": ({}, [x(E), x(S, E), x(S, E)], {}),
+    "2-D key": ({}, [x(L, N, E), x(S, E), x(S, E)], {}),
+    "3-D key, unbatched query": ({}, [x(L, E), x(S, N, E), x(S, N, E)], {}),
+    "wrong embed_dim": ({}, [x(L, N, 8), x(S, N, E), x(S, N, E)], {}),
+    "wrong key width": ({}, [x(L, N, E), x(S, N, 8), x(S, N, 8)], {}),
+    "value shape": ({}, [x(L, N, E), x(S, N, E), x(6, N, E)], {}),
+    "value length, separate": ({"kdim": 6}, [x(L, N, E), x(S, N, 6), x(6, N, E)], {}),
+    "key batch": ({}, [x(L, N, E), x(S, 2, E), x(S, 2, E)], {}),
+    "2-D mask shape": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(L, 6)}),
+    "3-D mask shape": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(N, L, S)}),
+    "4-D mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(1, N, L, S)}),
+    "integer mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(L, S).int()}),
+    "integer padding": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(N, S).int()}),
+    "3-D padding": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(1, N, S).bool()}),
+    "padding length": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(N, L).bool()}),
+    "padding batch": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(2, S).bool()}),
+    "unbatched padding": ({}, [x(L, E), x(S, E), x(S, E)], {"key_padding_mask": x(N, S).bool()}),
+    "unbatched mask": ({}, [x(L, E), x(S, E), x(S, E)], {"attn_mask": x(N, L, S)}),
+    "causal without mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"is_causal": True}),
+    "float64 input": ({}, [x(L, N, E).double(), x(S, N, E).double(), x(S, N, E).double()], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_of_the_originals_type(name: str) -> None:
+    constructor, tensors, options = ERRORS[name]
+    stock, ours = pair(**constructor)
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        stock(*tensors, **options)
+    with pytest.raises(theirs.type):
+        ours(*tensors, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"embed_dim": 0}, {"num_heads": 0}, {"embed_dim": 10, "num_heads": 3}, {"num_heads": -1}],
+)
+def test_constructor_errors(arguments: dict[str, int]) -> None:
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        nn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, **arguments})
+    with pytest.raises(theirs.type):
+        MultiheadAttention(**{"embed_dim": E, "num_heads": H, **arguments})
+
+
+# --- The functional form
+
+
+def functional_arguments() -> dict[str, Any]:
+    return {
+        "query": torch.randn(L, N, E), "key": torch.randn(S, N, E), "value": torch.randn(S, N, E),
+        "embed_dim_to_check": E, "num_heads": H, "in_proj_weight": torch.randn(3 * E, E),
+        "in_proj_bias": torch.randn(3 * E), "bias_k": None, "bias_v": None, "add_zero_attn": False,
+        "dropout_p": 0.0, "out_proj_weight": torch.randn(E, E), "out_proj_bias": torch.randn(E),
+    }  # fmt: skip
+
+
+FUNCTIONAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "eval": {"dropout_p": 0.5, "training": False},
+    "no weights": {"need_weights": False},
+    "bias_kv": {"bias_k": torch.randn(1, 1, E), "bias_v": torch.randn(1, 1, E), "attn_mask": torch.randn(L, S)},
+    "static": {"static_k": torch.randn(N * H, S, E // H), "static_v": torch.randn(N * H, S, E // H)},
+    "static with masks": {"static_k": torch.randn(N * H, S, E // H), "key_padding_mask": torch.arange(S).expand(N, S) > 5, "add_zero_attn": True},
+    "separate": {"in_proj_weight": None, "use_separate_proj_weight": True, "q_proj_weight": torch.randn(E, E), "k_proj_weight": torch.randn(E, E), "v_proj_weight": torch.randn(E, E), "average_attn_weights": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional(name: str) -> None:
+    arguments = {**functional_arguments(), **FUNCTIONAL[name]}
+    expected = F.multi_head_attention_forward(**arguments)
+    actual = attn_ext.multi_head_attention_forward(**arguments)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+FUNCTIONAL_ERRORS: dict[str, dict[str, Any]] = {
+    "no packed weight": {"in_proj_weight": None},
+    "no separate weight": {"use_separate_proj_weight": True, "q_proj_weight": torch.randn(E, E)},
+    "bias_k alone": {"bias_k": torch.randn(1, 1, E)},
+    "bias_v alone": {"bias_v": torch.randn(1, 1, E)},
+    "heads": {"num_heads": 5},
+    "embed_dim": {"embed_dim_to_check": 24},
+    "static batch": {"static_k": torch.randn(N, S, E // H)},
+    "static width": {"static_v": torch.randn(N * H, S, E)},
+    "static with bias": {"bias_k": torch.randn(1, 1, E), "bias_v": torch.randn(1, 1, E), "static_k": torch.randn(N * H, S, E // H)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL_ERRORS)
+def test_functional_errors(name: str) -> None:
+    arguments = {**functional_arguments(), **FUNCTIONAL_ERRORS[name]}
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        F.multi_head_attention_forward(**arguments)
+    with pytest.raises(theirs.type):
+        attn_ext.multi_head_attention_forward(**arguments)
+
+
+def test_functional_honours_torch_function() -> None:
+    seen = []
+
+    class Logged(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    arguments = functional_arguments()
+    expected = attn_ext.multi_head_attention_forward(**arguments)
+    arguments["query"] = arguments["query"].as_subclass(Logged)
+    actual = attn_ext.multi_head_attention_forward(**arguments)
+    assert seen[0] is attn_ext.multi_head_attention_forward
+    torch.testing.assert_close(actual[0].as_subclass(Tensor), expected[0])
+
+
+# --- PyTorch's other machinery
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compile_and_export(need_weights: bool) -> None:
+    ours = MultiheadAttention(E, H, batch_first=True, dropout=0.1).eval()
+    query, key = torch.randn(N, L, E), torch.randn(N, S, E)
+    options = {"need_weights": need_weights, "key_padding_mask": masks("padding")["key_padding_mask"]}
+    expected = ours(query, key, key, **options)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key, key, **options), expected)
+    compiled.train()(query, key, key, **options)[0].sum().backward()
+    for strict in (False, True):
+        program = torch.export.export(ours.eval(), (query, key, key), options, strict=strict)
+        torch.testing.assert_close(program.module()(query, key, key, **options), expected)
+
+
+def test_compile_with_a_causal_mask() -> None:
+    ours = MultiheadAttention(E, H)
+    tensor, mask = torch.randn(S, N, E), nn.Transformer.generate_square_subsequent_mask(S)
+    options = {"attn_mask": mask, "is_causal": True}
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(tensor, tensor, tensor, **options), ours(tensor, tensor, tensor, **options)
+    )
+
+
+def test_per_sample_gradients() -> None:
+    stock, ours = pair()
+    samples = torch.randn(3, L, 2, E)
+
+    def gradients(module: nn.Module) -> Any:
+        parameters = dict(module.named_parameters())
+
+        def loss(p: dict[str, Tensor], sample: Tensor) -> Tensor:
+            out, weights = torch.func.functional_call(module, p, (sample, sample, sample))
+            return out.square().sum() + weights.square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, samples)
+
+    torch.testing.assert_close(gradients(ours), gradients(stock), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dropout", "need_weights"), itertools.product([0.0, 0.4], [False, True]))
+def test_second_derivatives_and_forward_mode(dropout: float, need_weights: bool) -> None:
+    ours = MultiheadAttention(4, 2, dropout=dropout, dtype=torch.float64)
+    mask = torch.randn(3, 3, dtype=torch.float64)
+
+    def function(tensor: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        found = ours(tensor, tensor, tensor, attn_mask=mask, need_weights=need_weights)
+        return tuple(result for result in found if result is not None)
+
+    tensor = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, tensor, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensor)
+
+
+def test_autocast() -> None:
+    stock, ours = pair()
+    tensors = [y.detach() for y in inputs(stock, "cross")]
+    padding = masks("padding")["key_padding_mask"]
+    for need_weights in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            expected = stock(*tensors, key_padding_mask=padding, need_weights=need_weights)
+            actual = ours(*tensors, key_padding_mask=padding, need_weights=need_weights)
+        assert actual[0].dtype == expected[0].dtype == torch.bfloat16
+        torch.testing.assert_close(actual[0], expected[0], atol=3e-2, rtol=3e-2)
+
+
+def test_nothing_of_length_by_length_per_head_is_saved() -> None:
+    length, kept = 130, []
+    ours = MultiheadAttention(E, H)
+    tensor = torch.randn(length, N, E)
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.numel()) or y, lambda y: y):
+        out, weights = ours(tensor, tensor, tensor)
+    (out.sum() + weights.sum()).backward()
+    assert max(kept) < N * length * length
