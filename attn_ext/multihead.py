@@ -400,6 +400,11 @@ class _Attend:
             raise AssertionError(
                 f"embed_dim must be divisible by num_heads {self.num_heads}, got {self.embed_dim}"
             )
+        batch = 0 if self.batch_first else 1
+        if key.shape[batch] != query.shape[batch]:
+            raise RuntimeError(
+                f"key must have query's batch size {query.shape[batch]}, got {key.shape[batch]}"
+            )
         separate = self.project.separate is not None
         if (key.shape[:2] if separate else key.shape) != (
             value.shape[:2] if separate else value.shape

@@ -99,7 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=positive, default=300, help="training steps of each side")
+    add("--steps", type=positive, default=200, help="training steps of each side")
     add("--context", type=positive, default=512, help="tokens in a sequence")
     add("--batch", type=positive, default=4, help="sequences in a batch")
     add("--width", type=positive, default=128, help="embedding dimension, an even number")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import attn_ext
+from attn_ext.backends import reference
+from attn_ext.problem import Problem
 
 Options = dict[str, Any]
 
@@ -202,6 +204,47 @@ def _direction(like: Tensor) -> Tensor:
     """The same random direction for every backend and dtype."""
     generator = torch.Generator().manual_seed(99)
     return torch.randn(like.shape, dtype=torch.float64, generator=generator)
+
+
+def gradients_from_rounded(inputs: Inputs, results: dict[str, Tensor], average: bool) -> dict[str, Tensor]:
+    """The gradients in float64, but from an output and an LSE that were rounded to their dtypes.
+
+    That is all that the contract hands to a backward pass, so no kernel can be closer to the truth; where a
+    gradient is a sum that cancels, it shows.
+    """
+    exact = inputs.to(torch.float64)
+    options = dict(exact.options)
+    seed, offset = options.pop("seed", 0), options.pop("offset", 0)
+    problem = Problem.build(exact.query, exact.key, exact.value, **options)
+    problem.seed, problem.offset = seed, offset
+    out, lse = results["out"].double(), results["lse"].double()
+    scores, visible = reference._scores(problem, False)
+    weights = reference._softmax(scores, visible, lse).detach()
+    keep = reference._dropped(problem, torch.ones_like(weights))
+    group = problem.query_heads // problem.key.shape[1] if problem.key.shape[1] else 1
+    value = problem.value.repeat_interleave(group, dim=1)
+    finite = torch.isfinite(lse)
+    lse = lse.masked_fill(~finite, 0.0)
+
+    def gradients(prefix: str, dweights: Tensor, row_term: Tensor, surrogate: Tensor) -> dict[str, Tensor]:
+        dscores = (weights * (keep * dweights - row_term[..., None])).masked_fill(~visible, 0.0)
+        loss = surrogate + (scores.masked_fill(~visible, 0.0) * dscores.detach()).sum()
+        if problem.sinks is not None:
+            sinks = torch.exp(problem.sinks.detach()[:, None] - lse) * finite
+            loss = loss - (problem.sinks[:, None] * (sinks * row_term).detach()).sum()
+        return _gradients(prefix, loss, exact.differentiable)
+
+    dout = _direction(out)
+    row_term = (dout * out).sum(-1) - _direction(lse) * finite
+    through_value = (((weights * keep) @ value) * dout).sum()
+    found = gradients("", dout @ value.detach().transpose(-1, -2), row_term, through_value)
+    shape = results["weights"].shape
+    dweights = _direction(results["weights"])
+    if average and len(shape) == 3:
+        dweights = dweights[:, None].expand_as(weights) / max(problem.query_heads, 1)
+    row_term = (weights * keep * dweights).sum(-1)
+    found.update(gradients("weights'", dweights, row_term, 0.0 * exact.value.sum()))
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -93,7 +93,10 @@ def rms(difference: Tensor) -> float:
 def assert_like_stock(
     stock: nn.MultiheadAttention, ours: nn.MultiheadAttention, tensors: list[Tensor], **options: Any
 ) -> None:
-    """Our error against the stock module in float64 is at most twice that of the stock module."""
+    """Our error against the stock module in float64 is at most twice that of the stock module.
+
+    On top come four roundings of the result: one for each product on a gradient's way through the module.
+    """
     wide = copy.deepcopy(stock).double()
     wide_tensors: list[Tensor] = []
     for index, x in enumerate(tensors):
@@ -106,7 +109,7 @@ def assert_like_stock(
     for name, expected in truth.items():
         assert actual[name].dtype == theirs[name].dtype, name
         assert actual[name].shape == theirs[name].shape, name
-        rounding = torch.finfo(theirs[name].dtype).eps * max(rms(expected), 1e-2)
+        rounding = 4 * torch.finfo(theirs[name].dtype).eps * max(rms(expected), 1e-2)
         assert rms(actual[name] - expected) <= 2 * rms(theirs[name] - expected) + rounding, name
 
 
