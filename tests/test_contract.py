@@ -92,7 +92,7 @@ def test_every_head_dim(head_dim: int, backend: str) -> None:
 def test_random_combinations(seed: int, backend: str) -> None:
     """Options of several cases at once, sizes and dtypes at random.
 
-    A single key, whose weight is constant and whose gradients cancel whole, is a case of its own.
+    Not with a handful of keys, where gradients cancel nearly whole: those are cases of their own.
     """
     choose = random.Random(seed)
     torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def test_random_combinations(seed: int, backend: str) -> None:
         key_heads * choose.choice([1, 2, 4]),
         key_heads,
         choose.choice([1, 2, 12, 25, 48, 70, 131]),
-        choose.choice([4, 17, 63, 64, 66, 129, 200]),
+        choose.choice([17, 40, 63, 64, 66, 129, 200]),
         choose.choice([1, 7, 16, 40, 64]),
         choose.choice([2, 8, 17, 64]),
     )

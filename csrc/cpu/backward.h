@@ -68,11 +68,13 @@ struct BackwardBlock {
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = rows.first + i;
       convert_row(at<const T>(to.out, rows.batch, rows.head, row), w.row, p.value_dim);
-      Real delta = 0;
-      for (int64_t d = 0; d < p.value_dim; ++d) delta += w.row[d] * douts_by_row[i * dout_stride + d];
+      double delta = 0;  // subtracted from every dP, which it nearly cancels where few keys are visible
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        delta += static_cast<double>(w.row[d]) * douts_by_row[i * dout_stride + d];
+      }
       if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
-      w.row_term[i] = delta;
-      *at<Real>(to.row_term, rows.batch, rows.head, row) = delta;
+      w.row_term[i] = static_cast<Real>(delta);
+      *at<Real>(to.row_term, rows.batch, rows.head, row) = static_cast<Real>(delta);
     }
   }
 };

@@ -1,0 +1,235 @@
+"""The CPU backend as a citizen of its process: OpenMP, threads, the GIL, forks, instruction sets."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import attn_ext
+from attn_ext.backends import cpu
+from attn_ext.problem import Problem
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+LARGE = (1, 4, 700, 64)
+
+
+def test_one_openmp_library_and_pool() -> None:
+    code = f"""
+import os, torch, attn_ext
+torch.set_num_threads(2)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+a = torch.randn(1000, 1000)
+(a @ a).exp().sum()
+before = threads()
+x = torch.randn{LARGE}
+attn_ext.attention(x, x, x)
+assert threads() == before, (before, threads())
+libraries = {{line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}}
+assert len(libraries) == 1, libraries
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_thread_count_follows_torch_and_the_work() -> None:
+    large = Problem.build(*(torch.zeros(LARGE) for _ in range(3)))
+    small = Problem.build(*(torch.zeros(1, 1, 4, 64) for _ in range(3)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert cpu.num_threads(large) == 2
+        assert cpu.num_threads(small) == 1
+        torch.set_num_threads(1)
+        assert cpu.num_threads(large) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_set_num_threads_is_honoured_by_the_next_call() -> None:
+    """With one thread, no other thread of the process gains processor time."""
+    code = f"""
+import os, torch, attn_ext
+x = torch.randn{LARGE}
+def others():
+    own = str(os.getpid())
+    times = {{}}
+    for task in os.listdir("/proc/self/task"):
+        if task != own:
+            fields = open(f"/proc/self/task/{{task}}/stat").read().rsplit(")", 1)[1].split()
+            times[task] = int(fields[11]) + int(fields[12])
+    return sum(times.values())
+attn_ext.attention(x, x, x)
+torch.set_num_threads(1)
+import time; time.sleep(0.3)
+before = others()
+for _ in range(20):
+    attn_ext.attention(x, x, x)
+assert others() - before <= 1, (before, others())
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_results_do_not_depend_on_the_thread_count() -> None:
+    x = torch.randn(1, 3, 300, 16)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(attn_ext.attention(x, x, x, causal=True))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_calls_from_several_threads() -> None:
+    inputs = [torch.randn(1, 4, 200 + 7 * i, 32, requires_grad=True) for i in range(12)]
+
+    def work(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = attn_ext.attention(x, x, x, causal=True)
+        return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+    expected = [work(x) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for actual, (out, grad) in zip(pool.map(work, inputs), expected, strict=True):
+            torch.testing.assert_close(actual[0], out)
+            torch.testing.assert_close(actual[1], grad)
+
+
+def test_the_gil_is_released_while_a_kernel_runs() -> None:
+    x = torch.randn(1, 8, 3000, 64)
+    attn_ext.attention(x, x, x)
+    stop, ticks = threading.Event(), []
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    attn_ext.attention(x, x, x)
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(start < tick < end for tick in ticks) >= 3
+
+
+def test_a_forked_child_works() -> None:
+    """With a second thread it would hang in GNU OpenMP."""
+    code = f"""
+import os, sys, torch, attn_ext
+from attn_ext.backends import cpu
+torch.set_num_threads(2)
+x = torch.randn{LARGE}
+expected = attn_ext.attention(x, x, x)
+child = os.fork()
+if child == 0:
+    assert cpu.num_threads() == 1
+    out = attn_ext.attention(x, x, x)
+    torch.set_num_threads(1)  # torch's own operations would hang
+    os._exit(0 if bool((out - expected).abs().max() < 1e-6) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", list(cpu.capabilities()))
+def test_environment_variable(name: str) -> None:
+    code = "import torch, attn_ext; from attn_ext.backends import cpu; print(cpu.capability); attn_ext.attention(*[torch.zeros(1, 1, 2, 3)] * 3)"
+    result = run_python(code, ATTN_EXT_CPU_CAPABILITY=name)
+    if cpu.capabilities()[name]:
+        assert result.stdout.strip() == name
+    else:
+        assert "which this machine does not have" in result.stderr
+
+
+def test_unknown_instruction_set() -> None:
+    result = run_python("import attn_ext.backends.cpu", ATTN_EXT_CPU_CAPABILITY="avx1024")
+    assert "ATTN_EXT_CPU_CAPABILITY must be one of" in result.stderr
+    assert "'avx1024'" in result.stderr
+
+
+def guarded(values: torch.Tensor) -> tuple[torch.Tensor, object]:
+    """The same numbers at the very end of a page, before one that must not be read."""
+    page = mmap.PAGESIZE
+    size = values.numel() * values.element_size()
+    pages = (size + page - 1) // page
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=pages * page - size)
+    return flat.copy_(values.flatten()).view(values.shape), (memory, libc)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("head_dim", [1, 5, 16, 17, 40, 64])
+@pytest.mark.parametrize("capability", [name for name, there in cpu.capabilities().items() if there])
+def test_nothing_is_read_past_the_end(
+    capability: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read beyond any input would end the process."""
+    monkeypatch.setattr(cpu, "capability", capability)
+    kept = []
+
+    def make(*shape: int) -> torch.Tensor:
+        tensor, memory = guarded(torch.randn(shape).to(dtype))
+        kept.append(memory)
+        return tensor
+
+    query, key, value = make(1, 2, 13, head_dim), make(1, 2, 70, head_dim), make(1, 2, 70, 3)
+    mask, padding = make(13, 70), make(1, 70)
+    out, lse = attn_ext.attention(query, key, value, attn_mask=mask, key_padding_mask=padding, return_lse=True)  # fmt: skip
+    problem = Problem.build(query, key, value, attn_mask=mask, key_padding_mask=padding)
+    dout, weights = make(1, 2, 13, 3), make(1, 13, 70)
+    out = guarded(out)[0]
+    grads = cpu.backward(problem, out, lse, dout, None, True)
+    assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
+    more = cpu.weights_backward(problem, lse, weights, True, True)
+    assert all(torch.isfinite(grad).all() for grad in more if grad is not None)
+
+
+def test_memory_beyond_inputs_and_outputs() -> None:
+    """Forward and backward at 4096 keys: an (L, L) float tensor alone would be 64 MiB."""
+    code = """
+import torch, attn_ext
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+def run(length):
+    x = [torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3)]
+    attn_ext.attention(*x, causal=True).sum().backward()
+run(256)
+before = peak()
+run(4096)
+print(peak() - before)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    inputs_and_outputs = 9 * 4096 * 64 * 4 // 1024
+    assert int(result.stdout) < inputs_and_outputs + 32 * 1024
