@@ -1,7 +1,7 @@
 """Fused, exact softmax attention for PyTorch.
 
-`attention` is the function with everything in it; `scaled_dot_product_attention` and `MultiheadAttention` are
-drop-in replacements for PyTorch's. See README.md for the API on one page.
+`attention` is the function with everything in it; `scaled_dot_product_attention` and
+`MultiheadAttention` are drop-in replacements for PyTorch's. See README.md for the API on one page.
 """
 
 from attn_ext._version import __version__

@@ -15,15 +15,17 @@ from attn_ext.backends import cpu
 
 def info() -> str:
     """Versions, instruction sets, threads, and what each backend can do here."""
-    found = cpu.capabilities()
-    marks = (f"{name}{'' if present else ' (not on this machine)'}" for name, present in found.items())
+    found, override = cpu.capabilities(), os.environ.get("ATTN_EXT_CPU_CAPABILITY")
+    marks = (
+        f"{name}{'' if present else ' (not on this machine)'}" for name, present in found.items()
+    )
     lines = [
         f"attn_ext      {attn_ext.__version__}",
         f"torch         {torch.__version__}",
         f"python        {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"cpu kernels   {', '.join(marks) or 'not built'}",
         f"in use        {cpu.capability}"
-        + (f" (ATTN_EXT_CPU_CAPABILITY={os.environ['ATTN_EXT_CPU_CAPABILITY']})" if "ATTN_EXT_CPU_CAPABILITY" in os.environ else ""),
+        + (f" (ATTN_EXT_CPU_CAPABILITY={override})" if override else ""),
         f"threads       {cpu.num_threads()} (torch.set_num_threads)",
         f"cuda devices  {torch.cuda.device_count()}",
         "",
@@ -33,9 +35,7 @@ def info() -> str:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             tensors = (torch.zeros(1, 1, 2, 8, dtype=dtype, device=device) for _ in range(3))
             lines.append(f"{device}, {str(dtype).removeprefix('torch.')}:")
-            lines += [
-                f"  {line}" for line in str(attn_ext.explain(*tensors)).splitlines()
-            ]
+            lines += [f"  {line}" for line in str(attn_ext.explain(*tensors)).splitlines()]
     lines += ["", f"backends, the preferred first: {', '.join(dispatch.BACKENDS)}"]
     return "\n".join(lines)
 

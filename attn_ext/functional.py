@@ -49,25 +49,27 @@ def attention(
         p   = exp(s - lse),  lse = logsumexp(s, and the head's sink if any)
         out = dropout(p) @ value
 
-    A row that may attend to nothing gives output 0, LSE -inf and gradient 0. NaN and inf in the inputs
-    reach the rows that may see them and no other. Neither pass holds an (Lq, Lk) tensor in memory.
-    Differentiable in query, key, value, a floating attn_mask and sinks, to second order and in forward mode.
+    A row that may attend to nothing gives output 0, LSE -inf and gradient 0. NaN and inf in the
+    inputs reach the rows that may see them and no other. Neither pass holds an (Lq, Lk) tensor in
+    memory. Differentiable in query, key, value, a floating attn_mask and sinks, to second order and
+    in forward mode.
 
     Under autocast query, key and value are cast to its dtype, as for PyTorch's own attention.
 
     Args:
-        query: (B, Hq, Lq, D), float32, bfloat16, float16 or float64; any strides. A last dimension that
-            is not contiguous costs a copy.
+        query: (B, Hq, Lq, D), float32, bfloat16, float16 or float64; any strides. A last dimension
+            that is not contiguous costs a copy.
         key: (B, Hkv, Lk, D), where Hq is a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Lk, Dv).
-        attn_mask: broadcastable to (B, Hq, Lq, Lk), never expanded in memory. Bool: True takes part.
-            Floating (query's dtype or float32): added to the scores; an entry of -inf forbids the pair.
+        attn_mask: broadcastable to (B, Hq, Lq, Lk), never expanded in memory. Bool: True takes
+            part. Floating (query's dtype or float32): added to the scores; an entry of -inf forbids
+            the pair.
         key_padding_mask: (B, Lk). Bool: True takes part. Floating: added to the scores.
         dropout_p: probability that a weight is dropped, in [0, 1). Always applied if not 0.
-        causal: True or "upper_left": row i sees keys up to i (as SDPA's is_causal). "lower_right": row i
-            sees keys up to i + Lk - Lq (decoding against a cache).
-        window: (left, right) or one int for both: how many keys before and after its diagonal a row sees.
-            None or -1 is no limit. The diagonal is the one of `causal`.
+        causal: True or "upper_left": row i sees keys up to i (as SDPA's is_causal). "lower_right":
+            row i sees keys up to i + Lk - Lq (decoding against a cache).
+        window: (left, right) or one int for both: how many keys before and after its diagonal a row
+            sees. None or -1 is no limit. The diagonal is the one of `causal`.
         scale: factor on the scores; 1 / sqrt(D) by default.
         softcap: bound on the scores' size, as in Gemma 2 (arXiv:2408.00118); None or 0 for none.
         alibi_slopes: (Hq,) or (B, Hq), the slopes of ALiBi (arXiv:2108.12409). No gradient.
@@ -89,8 +91,9 @@ def attention(
         ValueError: an argument's shape, device or value is wrong.
         NotImplementedError: the requested backend can't run this.
 
-    The method: Dao et al., FlashAttention (arXiv:2205.14135) and FlashAttention-2 (arXiv:2307.08691);
-    Rabe and Staats, Self-attention does not need O(n^2) memory (arXiv:2112.05682).
+    The method: Dao et al., FlashAttention (arXiv:2205.14135) and FlashAttention-2
+    (arXiv:2307.08691); Rabe and Staats, Self-attention does not need O(n^2) memory
+    (arXiv:2112.05682).
     """
     query, key, value, attn_mask, key_padding_mask = _autocast(
         query, key, value, attn_mask, key_padding_mask
@@ -145,8 +148,8 @@ def attention_weights(
 
     Args:
         query, key: as in `attention`.
-        lse: what `attention(..., return_lse=True)` gave for the same arguments, (B, Hq, Lq); gradients
-            flow into it. None computes it, which costs a second pass over the keys.
+        lse: what `attention(..., return_lse=True)` gave for the same arguments, (B, Hq, Lq);
+            gradients flow into it. None computes it, which costs a second pass over the keys.
         average: return the mean over heads rather than each head's weights.
         seed: give both calls the same seed to see the weights that `attention` dropped.
 
@@ -200,8 +203,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, signature and semantics, on these kernels.
 
-    It honours `__torch_function__`; a torch.nn.attention.bias.CausalBias as attn_mask becomes the kernel's own
-    causality. Rows that may attend to nothing give 0, where some of PyTorch's paths give NaN.
+    It honours `__torch_function__`; a torch.nn.attention.bias.CausalBias as attn_mask becomes the
+    kernel's own causality. Rows that may attend to nothing give 0, where some of PyTorch's paths
+    give NaN.
 
     Args:
         query: (N, ..., Hq, L, E), at least 2-D.
@@ -222,20 +226,24 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, got both")
     causal: str | None = "upper_left" if is_causal else None
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
-        causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
-    if has_torch_function((query, key, value, attn_mask)):
-        arguments: Any = (query, key, value, attn_mask)
+    if has_torch_function((query, key, value)) or (
+        has_torch_function((attn_mask,)) and not isinstance(attn_mask, CausalBias)
+    ):
         return handle_torch_function(
             scaled_dot_product_attention,
-            arguments,
-            *arguments,
+            (query, key, value, attn_mask),
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
             dropout_p=dropout_p,
-            is_causal=causal == "upper_left",
+            is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    if isinstance(attn_mask, CausalBias):
+        lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
+        causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -296,7 +304,7 @@ def _autocast(
     if query.dtype is torch.float64:
         return query, key, value, attn_mask, key_padding_mask
     masks = (cast(mask, (dtype, torch.float32)) for mask in (attn_mask, key_padding_mask))
-    return (*(cast(tensor, (dtype,)) for tensor in (query, key, value)), *masks)  # type: ignore[return-value]
+    return (*(cast(tensor, (dtype,)) for tensor in (query, key, value)), *masks)
 
 
 def _without_float_padding(problem: Problem) -> Problem:
@@ -312,9 +320,7 @@ def _without_float_padding(problem: Problem) -> Problem:
     return problem.replace(attn_mask=padding, key_padding_mask=None)
 
 
-def _checked_seed(
-    seed: int | Tensor | None, generator: torch.Generator | None
-) -> int | Tensor:
+def _checked_seed(seed: int | Tensor | None, generator: torch.Generator | None) -> int | Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator)
     if generator is not None:
@@ -322,7 +328,8 @@ def _checked_seed(
     if isinstance(seed, Tensor):
         if seed.dtype is not torch.int64 or seed.numel() != 1:
             raise TypeError(
-                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} of shape {tuple(seed.shape)}"
+                f"seed must be an int or an int64 tensor of one element, got {seed.dtype} of "
+                f"shape {tuple(seed.shape)}"
             )
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -346,7 +353,8 @@ def _check_lse(lse: Tensor, problem: Problem) -> None:
         raise TypeError(f"lse must be a torch.Tensor, got {type(lse).__name__}")
     if lse.shape != shape:
         raise ValueError(
-            f"lse must have shape (batch, query heads, query length) = {shape}, got {tuple(lse.shape)}"
+            f"lse must have shape (batch, query heads, query length) = {shape}, got "
+            f"{tuple(lse.shape)}"
         )
     if lse.dtype != problem.compute_dtype:
         raise TypeError(f"lse must be {problem.compute_dtype}, got {lse.dtype}")
@@ -370,7 +378,8 @@ def _to_four_dimensions(
     except RuntimeError:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ValueError(
-            f"query, key and value must have leading dimensions that broadcast, got shapes {shapes}; "
+            f"query, key and value must have leading dimensions that broadcast, got shapes "
+            f"{shapes}; "
             "enable_gqa=True allows query a multiple of key's heads"
         ) from None
     query, key, value = (
@@ -379,8 +388,6 @@ def _to_four_dimensions(
     )
     highest = max(tensor.dim() for tensor in tensors)
     leading = torch.Size((*batch, heads[0]) if highest > 2 else ())
-    if attn_mask is not None and attn_mask.dim() > 4:
-        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    elif attn_mask is not None and len(batch) > 1 and attn_mask.dim() == 4:
+    if attn_mask is not None and attn_mask.dim() >= 4 and len(batch) > 1:
         attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
     return query, key, value, attn_mask, leading

@@ -1,7 +1,7 @@
 """MultiheadAttention: torch.nn.MultiheadAttention on these kernels, and its functional form.
 
-Projections write and read the memory layout that the kernel takes through strides: heads are views of
-(..., H, D), never transposed copies, for `batch_first` or not.
+Projections write and read the memory layout that the kernel takes through strides: heads are views
+of (..., H, D), never transposed copies, for `batch_first` or not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LARGEST_COMPARED_MASK = 2**24
 class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention, computed by `attn_ext.attention`.
 
-    A subclass with the same constructor, parameters, initialisation, state_dict, arguments and errors. Its
-    differences are improvements: docs/multihead_attention.md lists each.
+    A subclass with the same constructor, parameters, initialisation, state_dict, arguments and
+    errors. Its differences are improvements: docs/multihead_attention.md lists each.
 
     The arguments are those of torch.nn.MultiheadAttention. In short, for `forward`:
 
@@ -34,16 +34,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         value: as key with vdim.
         key_padding_mask: (S) or (N, S); bool, where True is ignored, or floating, which is added.
         need_weights: also return the weights after dropout.
-        attn_mask: (L, S) or (N * num_heads, L, S); bool, where True is ignored, or floating, which is added.
+        attn_mask: (L, S) or (N * num_heads, L, S); bool, where True is ignored, or floating, which
+            is added.
         average_attn_weights: return the weights' mean over heads.
-        is_causal: row i sees keys up to i, in addition to what attn_mask (which must be given) says.
+        is_causal: row i sees keys up to i, in addition to what attn_mask (which must be given)
+            says.
 
     Returns:
-        The output in query's shape, and the weights, (L, S), (N, L, S) or with a heads' dimension before L, or
-        None.
+        The output in query's shape, and the weights, (L, S), (N, L, S) or with a heads' dimension
+        before L, or None.
 
     Raises:
-        AssertionError, RuntimeError, ValueError: whatever torch.nn.MultiheadAttention raises in the same case.
+        AssertionError, RuntimeError, ValueError: whatever torch.nn.MultiheadAttention raises in the
+        same case.
 
     Source: Vaswani et al., Attention is all you need (arXiv:1706.03762).
     """
@@ -54,7 +57,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_module(cls, module: nn.MultiheadAttention) -> MultiheadAttention:
-        """This class around the parameters, buffers, hooks and settings of another module, all shared.
+        """This class around another module's parameters, buffers, hooks and settings, all shared.
 
         Raises:
             TypeError: module is not a torch.nn.MultiheadAttention.
@@ -78,8 +81,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _keep_own_forward(self) -> None:
         """Make nn.TransformerEncoderLayer call this module in eval too.
 
-        Without gradients it would hand the parameters to a native operator of its own, which is slower, and turns
-        floating masks into boolean ones; it does not where a submodule has hooks.
+        Without gradients it would hand the parameters to a native operator of its own, which is
+        slower, and turns floating masks into boolean ones; it does not where a submodule has hooks.
         """
         if _no_operation not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_no_operation)
@@ -98,14 +101,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         """See the class."""
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+                is_causal
             )  # fmt: skip
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return _Attend(
             num_heads=self.num_heads,
             embed_dim=self.embed_dim,
             project=_Projection(
-                self.in_proj_weight, None if self._qkv_same_embed_dim else separate, self.in_proj_bias
+                self.in_proj_weight,
+                None if self._qkv_same_embed_dim else separate,
+                self.in_proj_bias,
             ),
             bias_k=self.bias_k,
             bias_v=self.bias_v,
@@ -135,7 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """What nn.TransformerEncoder passes in eval where its padding is on the right: pad, and cut again."""
+        """What nn.TransformerEncoder passes in eval, padding on the right: pad, and cut again."""
         if query is not key or key is not value or query.layout is not torch.strided:
             raise AssertionError("nested query, key and value must be one tensor of strided layout")
         if key_padding_mask is not None or attn_mask is not None:
@@ -188,7 +194,8 @@ def multi_head_attention_forward(
 
     Args:
         query, key, value: (L, E), (S, E), (S, E), or with a batch dimension N in the middle.
-        static_k, static_v: (N * num_heads, S, head_dim), used in place of the projected key and value.
+        static_k, static_v: (N * num_heads, S, head_dim), used in place of the projected key and
+            value.
 
         The others are those of PyTorch's function; see `MultiheadAttention` for the masks.
 
@@ -196,13 +203,15 @@ def multi_head_attention_forward(
         The output, (L, E) or (L, N, E), and the weights or None.
 
     Raises:
-        AssertionError, RuntimeError, ValueError: whatever PyTorch's function raises in the same case.
+        AssertionError, RuntimeError, ValueError: whatever PyTorch's function raises in the same
+        case.
     """
-    tensors = (query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias)  # fmt: skip
+    tensors = (query, key, value, in_proj_weight, in_proj_bias, bias_k, bias_v)
+    tensors = (*tensors, out_proj_weight, out_proj_bias)  # type: ignore[assignment]
     if has_torch_function(tensors):
         return handle_torch_function(
             multi_head_attention_forward,
-            tensors,  # type: ignore[arg-type]
+            tensors,
             *(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias),
             *(bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training),
             *(key_padding_mask, need_weights, attn_mask, use_separate_proj_weight),
@@ -248,7 +257,7 @@ class _Projection:
     bias: Tensor | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> list[Tensor]:
-        """Query, key and value as (..., H, D), views of as few products as their identity allows."""
+        """Query, key and value as (..., H, D), views of as few products as possible."""
         if self.separate is not None:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             for name, weight in zip(names, self.separate, strict=True):
@@ -284,7 +293,7 @@ class _Projection:
 
 @dataclasses.dataclass(slots=True)
 class _Attend:
-    """Everything of multi-head attention but its inputs: projections, settings, output projection."""
+    """Everything of multi-head attention but its inputs: projections and settings."""
 
     num_heads: int
     embed_dim: int
@@ -321,10 +330,10 @@ class _Attend:
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         self._check(query, key, value, attn_mask, key_padding_mask, is_causal)
         # Heads as (N, H, L, D) views, and the way back.
-        to_heads, from_heads = ((0, 2, 1, 3), (0, 2, 1, 3)) if self.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))  # fmt: skip
-        q, k, v = (
-            x.permute(to_heads) for x in self.project(query, key, value, self.num_heads)
-        )
+        to_heads, from_heads = (1, 2, 0, 3), (2, 0, 1, 3)
+        if self.batch_first:
+            to_heads = from_heads = (0, 2, 1, 3)
+        q, k, v = (x.permute(to_heads) for x in self.project(query, key, value, self.num_heads))
         rows, columns = q.shape[2], k.shape[2]
         mask = self._mask(attn_mask, q.shape[0], rows, columns)
         k, v, extra_keys = self._extended(k, v)
@@ -370,7 +379,7 @@ class _Attend:
             out, lse = attention(q, k, v, return_lse=True, **options)
             weights = attention_weights(q, k, lse=lse, average=average, **options)
         else:
-            out = attention(q, k, v, **options)  # type: ignore[assignment]
+            out = attention(q, k, v, **options)
         if everything_dropped:
             out, weights = out * 0.0, None if weights is None else weights * 0.0
         return out, weights
@@ -413,19 +422,17 @@ class _Attend:
                 f"value must have key's shape {tuple(key.shape)}, got {tuple(value.shape)}"
             )
 
-    def _mask(
-        self, attn_mask: Tensor | None, batch: int, rows: int, columns: int
-    ) -> Tensor | None:
+    def _mask(self, attn_mask: Tensor | None, batch: int, rows: int, columns: int) -> Tensor | None:
         """attn_mask as `attention` takes it, (1 or N, 1 or H, L, S), True taking part."""
         if attn_mask is None:
             return None
         if self.static_k is not None:
             columns = self.static_k.shape[1]
-        wanted = (rows, columns) if attn_mask.dim() == 2 else (batch * self.num_heads, rows, columns)
+        wanted = (
+            (rows, columns) if attn_mask.dim() == 2 else (batch * self.num_heads, rows, columns)
+        )
         if attn_mask.shape != wanted:
-            raise RuntimeError(
-                f"attn_mask must have shape {wanted}, got {tuple(attn_mask.shape)}"
-            )
+            raise RuntimeError(f"attn_mask must have shape {wanted}, got {tuple(attn_mask.shape)}")
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         else:
@@ -454,7 +461,8 @@ class _Attend:
                 continue
             if static.shape[0] != batch * heads or static.shape[2] != head_dim:
                 raise AssertionError(
-                    f"{name} must have shape ({batch * heads}, length, {head_dim}), got {tuple(static.shape)}"
+                    f"{name} must have shape ({batch * heads}, length, {head_dim}), got "
+                    f"{tuple(static.shape)}"
                 )
         k = k if self.static_k is None else self.static_k.unflatten(0, (batch, heads))
         v = v if self.static_v is None else self.static_v.unflatten(0, (batch, heads))
@@ -465,7 +473,7 @@ class _Attend:
 
 
 def _takes_part(mask: Tensor | None) -> Tensor | None:
-    """From this module's convention, where True is ignored, to `attention`'s; floating masks stay."""
+    """From the convention where True is ignored to `attention`'s; floating masks stay."""
     if mask is None:
         return None
     return ~mask if mask.dtype is torch.bool else mask
@@ -478,7 +486,7 @@ def _with_visible_columns(mask: Tensor, count: int) -> Tensor:
 def _with_extra_keys(
     mask: Tensor | None, causal: bool, rows: int, columns: int, count: int, like: Tensor
 ) -> tuple[Tensor | None, bool]:
-    """The mask over appended keys, which every row sees: causality holds for the original ones alone."""
+    """The mask over appended keys, which every row sees: causality is for the original ones."""
     if causal:
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=like.device).tril()[None, None]
         if mask is None:
@@ -491,7 +499,7 @@ def _with_extra_keys(
 
 
 def _is_causal_mask(mask: Tensor) -> bool:
-    """Whether a mask says what causality says anyway. Not looked at where values can't be, or are many."""
+    """Whether a mask says just what causality says; False where looking is impossible or slow."""
     if (
         torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None

@@ -1,10 +1,10 @@
-"""From a `Problem` to a backend, differentiably: eager autograd functions and torch.library operators.
+"""From a `Problem` to a backend, differentiably: autograd functions and torch.library operators.
 
 In eager mode the backend's function is called directly, inside a torch.autograd.Function where a
 gradient is wanted: an operator registered from Python would cost more than a small attention. Under
-torch.compile, torch.export, torch.func transforms, dispatch modes and tensor subclasses the same backend runs
-behind `torch.ops.attn_ext.*`, which those tools can trace. Where no kernel exists (forward-mode and second
-derivatives) the reference takes over.
+torch.compile, torch.export, torch.func transforms, dispatch modes and tensor subclasses the same
+backend runs behind `torch.ops.attn_ext.*`, which those tools can trace. Where no kernel exists
+(forward-mode and second derivatives) the reference takes over.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TENSORS = (
 )
 _TENSOR_COUNT = 8
 _OPTIONS = (
-    "float dropout_p, int offset, str? causal, SymInt window_left, SymInt window_right, float scale, "
-    "float softcap, SymInt q_start, SymInt k_start, str? backend"
+    "float dropout_p, int offset, str? causal, SymInt window_left, SymInt window_right, "
+    "float scale, float softcap, SymInt q_start, SymInt k_start, str? backend"
 )
 _OPTION_COUNT = 10
 
@@ -66,9 +66,7 @@ def attention(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
     )
 
 
-def attention_weights(
-    problem: Problem, lse: Tensor, average: bool, backend: str | None
-) -> Tensor:
+def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str | None) -> Tensor:
     """Weights after dropout, (B, Hq, Lq, Lk) or averaged over heads (B, Lq, Lk), differentiable."""
     if backend == "reference" or _needs_forward_mode(problem, lse):
         return reference.weights(problem, lse, average)
@@ -129,7 +127,7 @@ def _needs_forward_mode(problem: Problem, lse: Tensor | None = None) -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -146,7 +144,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             if dlse is None:
@@ -165,7 +163,7 @@ class _AttentionBackward(torch.autograd.Function):
     """The backward pass as a function of its own, so that it has a derivative: the reference's."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, *arguments: Any) -> Any:
         *arguments, settings, module = arguments  # type: ignore[assignment]
         tensors, (out, lse, dout, dlse, mask_gradient) = arguments[:7], arguments[7:]
         ctx.save_for_backward(*tensors, dout, dlse)
@@ -175,7 +173,7 @@ class _AttentionBackward(torch.autograd.Function):
         return tuple(module.backward(problem, out, lse, dout, dlse, mask_gradient))
 
     @staticmethod
-    def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:
         *tensors, dout, dlse = ctx.saved_tensors
         problem = _with_tensors(ctx.settings, tensors)
         *grads, ddout, ddlse = _second_derivative(
@@ -186,7 +184,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 class _Weights(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -201,7 +199,7 @@ class _Weights(torch.autograd.Function):
         return module.weights(problem, lse, average)
 
     @staticmethod
-    def backward(ctx: Any, dweights: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dweights: Tensor) -> Any:
         *tensors, lse = ctx.saved_tensors
         mask_gradient = ctx.needs_input_grad[2]
         if torch.is_grad_enabled():
@@ -210,9 +208,7 @@ class _Weights(torch.autograd.Function):
             )
         else:
             problem = _with_tensors(ctx.settings, tensors)
-            grads = ctx.module.weights_backward(
-                problem, lse, dweights, ctx.average, mask_gradient
-            )
+            grads = ctx.module.weights_backward(problem, lse, dweights, ctx.average, mask_gradient)
         return (*grads, None, None, None)
 
 
@@ -220,7 +216,7 @@ class _WeightsBackward(torch.autograd.Function):
     """As `_AttentionBackward`, for the weights."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, *arguments: Any) -> Any:
         *arguments, settings, module = arguments  # type: ignore[assignment]
         tensors, (lse, dweights, average, mask_gradient) = arguments[:7], arguments[7:]
         ctx.save_for_backward(*tensors, lse, dweights)
@@ -230,7 +226,7 @@ class _WeightsBackward(torch.autograd.Function):
         return tuple(module.weights_backward(problem, lse, dweights, average, mask_gradient))
 
     @staticmethod
-    def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:
         *tensors, lse, dweights = ctx.saved_tensors
         problem = _with_tensors(ctx.settings, tensors)
         dq, dk, dmask, dlse, ddweights = _weights_second_derivative(
@@ -293,13 +289,12 @@ def _second_derivative(
         ]
         output_gradients = [_fresh(dout), _fresh(dlse)]
         query, key, value, attn_mask, sinks = inputs
-        outputs = reference.forward(
+        outputs: tuple[Tensor, ...] = reference.forward(
             problem.replace(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks)
         )
-        if output_gradients[1] is None:
+        first = output_gradients
+        if dlse is None:
             outputs, first = outputs[:1], output_gradients[:1]
-        else:
-            first = output_gradients
         return _differentiate_twice(
             outputs, inputs, first, second_gradients, inputs + output_gradients, create_graph
         )
@@ -378,8 +373,7 @@ def _differentiate_twice(
         )
     )
     return [
-        next(results) if tensor is not None and tensor.requires_grad else None
-        for tensor in wanted
+        next(results) if tensor is not None and tensor.requires_grad else None for tensor in wanted
     ]
 
 
@@ -527,7 +521,7 @@ def _weights_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
-    """Keep an operator's arguments: tensors where autograd's hooks see them, the rest as they are."""
+    """Keep an operator's arguments: tensors where autograd's hooks see them."""
     is_tensor = [isinstance(argument, Tensor) for argument in inputs]
     ctx.save_for_backward(*(x for x, yes in zip(inputs, is_tensor, strict=True) if yes), *more)
     ctx.rest = [None if yes else x for x, yes in zip(inputs, is_tensor, strict=True)]
@@ -536,9 +530,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], *more: Tensor) -> None:
 
 def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     tensors = iter(ctx.saved_tensors)
-    inputs = [
-        next(tensors) if yes else x for x, yes in zip(ctx.rest, ctx.is_tensor, strict=True)
-    ]
+    inputs = [next(tensors) if yes else x for x, yes in zip(ctx.rest, ctx.is_tensor, strict=True)]
     return inputs, tuple(tensors)
 
 
@@ -617,7 +609,7 @@ def _with_none(
 
 
 def _vmap_by_loop(operator: Any, info: Any, in_dims: tuple[Any, ...], arguments: Any) -> Any:
-    """Run a batched operator one sample at a time: right for every combination of batched inputs."""
+    """Run a batched operator one sample at a time: right for any combination of inputs."""
     results = []
     for index in range(info.batch_size):
         sample = [
@@ -669,16 +661,14 @@ _transformed: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """Call an operator, through its autograd function that torch.func understands where that is active."""
+    """Call an operator, through a function that torch.func understands where that is active."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _transformed[name].apply(*arguments)
     return getattr(torch.ops.attn_ext, name)(*arguments)
 
 
-def _make_transformed(
-    operator: Any, setup: Any, gradient: Any
-) -> type[torch.autograd.Function]:
-    """An operator as torch.func wants it; the formula that register_autograd takes has no such form."""
+def _make_transformed(operator: Any, setup: Any, gradient: Any) -> type[torch.autograd.Function]:
+    """An operator as torch.func wants it, which is not how register_autograd makes it."""
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True

@@ -1,8 +1,8 @@
 """Dropout's random numbers in plain PyTorch, the same bits as csrc/philox.h.
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11).
-The generator is a function of a 128-bit counter and a 64-bit key, so a weight's random word depends on
-its place alone and on no block size, thread count or backend:
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
+(SC'11). The generator is a function of a 128-bit counter and a 64-bit key, so a weight's random
+word depends on its place alone and on no block size, thread count or backend:
 
     key     = (seed's low word, seed's high word)
     counter = (column // 4, row, batch * Hq + head, offset)      word = column % 4

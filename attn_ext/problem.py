@@ -39,7 +39,8 @@ class Problem:
         alibi_slopes: (Hq,) or (B, Hq), float32; adds -slope * |row - column| to the scores.
         sinks: (Hq,), a logit per head that takes part in the softmax and has no value.
         dropout_p: probability that a weight is dropped, in [0, 1).
-        seed: key of the dropout's random numbers, 64 bits; an int or an int64 tensor of one element.
+        seed: key of the dropout's random numbers, 64 bits; an int or an int64 tensor of one
+            element.
         offset: selects another stream under the same seed, 32 bits.
         causal: None, "upper_left" or "lower_right".
         window: (left, right), how many keys before and after the diagonal a row sees; -1: all.
@@ -159,7 +160,8 @@ class Problem:
             _check_mask_tensor("key_padding_mask", key_padding_mask, query)
             if key_padding_mask.shape != (batch, key_length):
                 raise ValueError(
-                    f"key_padding_mask must have shape (batch, key length) = {(batch, key_length)}, "
+                    f"key_padding_mask must have shape (batch, key length) = "
+                    f"{(batch, key_length)}, "
                     f"got {tuple(key_padding_mask.shape)}"
                 )
             problem.key_padding_mask = key_padding_mask
@@ -167,7 +169,8 @@ class Problem:
             _check_tensor("alibi_slopes", alibi_slopes, query)
             if alibi_slopes.shape not in ((query_heads,), (batch, query_heads)):
                 raise ValueError(
-                    f"alibi_slopes must have shape (query heads,) = {(query_heads,)} or (batch, query heads) "
+                    f"alibi_slopes must have shape (query heads,) = {(query_heads,)} or (batch, "
+                    "query heads) "
                     f"= {(batch, query_heads)}, got {tuple(alibi_slopes.shape)}"
                 )
             problem.alibi_slopes = alibi_slopes.to(problem.compute_dtype)
@@ -175,7 +178,8 @@ class Problem:
             _check_tensor("sinks", sinks, query)
             if sinks.shape != (query_heads,):
                 raise ValueError(
-                    f"sinks must have shape (query heads,) = {(query_heads,)}, got {tuple(sinks.shape)}"
+                    f"sinks must have shape (query heads,) = {(query_heads,)}, got "
+                    f"{tuple(sinks.shape)}"
                 )
             problem.sinks = sinks
         return problem
@@ -193,7 +197,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
-                f"{name} must be 4-D (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
+                f"{name} must be 4-D (batch, heads, length, head_dim), got shape "
+                f"{tuple(tensor.shape)}"
             )
     batch, query_heads, query_length, head_dim = query.shape
     if key.shape[0] != batch:
@@ -210,11 +215,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     key_heads = key.shape[1]
     if key_heads != query_heads and (key_heads == 0 or query_heads % key_heads != 0):
         raise ValueError(
-            f"query must have a multiple of key's {key_heads} heads (grouped-query attention), got {query_heads}"
+            f"query must have a multiple of key's {key_heads} heads (grouped-query attention), "
+            f"got {query_heads}"
         )
     if query_length > MAX_LENGTH or key.shape[2] > MAX_LENGTH:
         raise ValueError(
-            f"query and key must be at most {MAX_LENGTH} long, got {query_length} and {key.shape[2]}"
+            f"query and key must be at most {MAX_LENGTH} long, got {query_length} and "
+            f"{key.shape[2]}"
         )
     if batch * query_heads > MAX_LENGTH:
         raise ValueError(
@@ -237,7 +244,8 @@ def _check_mask_tensor(name: str, mask: Tensor, query: Tensor) -> None:
     _check_tensor(name, mask, query)
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
-            f"{name} must be bool (True takes part), float32 or query's dtype {query.dtype}, got {mask.dtype}"
+            f"{name} must be bool (True takes part), float32 or query's dtype {query.dtype}, got "
+            f"{mask.dtype}"
         )
     if mask.dtype is torch.float32 and query.dtype is torch.float64:
         raise TypeError(f"{name} must be bool or query's dtype torch.float64, got torch.float32")
@@ -251,7 +259,8 @@ def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, int, int, int])
     )
     if not fits:
         raise ValueError(
-            f"attn_mask must broadcast to (batch, query heads, query length, key length) = {shape}, "
+            f"attn_mask must broadcast to (batch, query heads, query length, key length) = "
+            f"{shape}, "
             f"got shape {tuple(mask.shape)}"
         )
     return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]

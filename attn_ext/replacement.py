@@ -10,9 +10,10 @@ from attn_ext.multihead import MultiheadAttention
 def replace_multihead_attention(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     """Replace every torch.nn.MultiheadAttention in a model, in place.
 
-    The new modules share parameters, buffers, hooks and out_proj with the old ones, so optimizers and
-    references to parameters stay valid. A module that stands in several places is replaced by one and the same.
-    Subclasses of torch.nn.MultiheadAttention are left alone: they have a forward of their own.
+    The new modules share parameters, buffers, hooks and out_proj with the old ones, so optimizers
+    and references to parameters stay valid. A module that stands in several places is replaced by
+    one and the same. Subclasses of torch.nn.MultiheadAttention are left alone: they have a forward
+    of their own.
 
     Args:
         model: any module that contains some.

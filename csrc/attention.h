@@ -1,8 +1,9 @@
 // The problem that every native kernel takes: pointers with their strides, sizes and settings.
 //
 // No torch here: Python allocates, checks every argument and passes addresses. All strides count
-// elements; a stride of 0 broadcasts. Sizes are B, Hq, Hkv, Lq, Lk, D, Dv as in shared design terms:
-// batch, query heads, key/value heads, query and key length, head_dim of query/key and of value.
+// elements; a stride of 0 broadcasts. Sizes are B, Hq, Hkv, Lq, Lk, D, Dv as in shared design
+// terms: batch, query heads, key/value heads, query and key length, head_dim of query/key and of
+// value.
 #pragma once
 
 #include <cstdint>
@@ -30,10 +31,10 @@ struct Problem {
   View alibi_slopes;       // (B, Hq, -, -), compute type
   View sinks;              // (-, Hq, -, -), compute type
   double scale;
-  double softcap;    // 0: none
-  int64_t diagonal;  // the key index that stands on row 0's diagonal
-  int64_t left;      // keys that a row sees before its diagonal
-  int64_t right;     // and after it
+  double softcap;                  // 0: none
+  int64_t diagonal;                // the key index that stands on row 0's diagonal
+  int64_t left;                    // keys that a row sees before its diagonal
+  int64_t right;                   // and after it
   int64_t query_start, key_start;  // absolute positions of row 0 and key 0, for dropout
   double dropout_p;
   uint32_t dropout_threshold;  // a weight is kept where its random word is at least this
@@ -49,13 +50,13 @@ struct ForwardArguments {
 // Gradients of an output and of LSE (dout, dlse), or of the weights (dweights); never both.
 struct BackwardArguments {
   View out, lse, dout;
-  View dlse;                      // (B, Hq, Lq, -), compute type, or null
-  View dweights;                  // (B, Hq, Lq, Lk), problem's dtype, or null; times dweights_scale
-  double dweights_scale;          // 1 / Hq where the weights were averaged over heads
-  View dquery, dkey, dvalue;      // written
-  View dmask;                     // float or double, zeroed by the caller, or null; broadcasts as mask
-  View row_term;                  // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, written;
-                                  // with dweights: minus the sum over a row of its score gradients
+  View dlse;                  // (B, Hq, Lq, -), compute type, or null
+  View dweights;              // (B, Hq, Lq, Lk), problem's dtype, or null; times dweights_scale
+  double dweights_scale;      // 1 / Hq where the weights were averaged over heads
+  View dquery, dkey, dvalue;  // written
+  View dmask;                 // float or double, zeroed by the caller, or null; broadcasts as mask
+  View row_term;              // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, written;
+                              // with dweights: minus the sum over a row of its score gradients
 };
 
 struct WeightsArguments {

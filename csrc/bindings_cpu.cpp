@@ -1,7 +1,8 @@
 // attn_ext._cpu: the CPU kernels for Python, which passes addresses, strides and settings.
 //
-// A tensor comes as (data_ptr, strides of 4 dimensions, DType), or None. Nothing is checked here: the package's
-// Problem.build has done it, and nobody else calls this module. The GIL is released while a kernel runs.
+// A tensor comes as (data_ptr, strides of 4 dimensions, DType), or None. Nothing is checked here:
+// the package's Problem.build has done it, and nobody else calls this module. The GIL is released
+// while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
@@ -59,8 +60,7 @@ attn_ext::Problem as_problem(const py::tuple& tuple) {
                         &p.head_dim, &p.value_dim}) {
     *size = as_int(item());
   }
-  for (View* view :
-       {&p.query, &p.key, &p.value, &p.mask, &p.key_mask, &p.alibi_slopes, &p.sinks}) {
+  for (View* view : {&p.query, &p.key, &p.value, &p.mask, &p.key_mask, &p.alibi_slopes, &p.sinks}) {
     *view = as_view(item());
   }
   p.scale = as_double(item());
@@ -110,7 +110,8 @@ void weights(int index, int threads, const py::tuple& problem, const py::object&
 
 py::dict capabilities() {
   py::dict found;
-  for (const attn_ext::Kernels* entry : attn_ext::kAllKernels) found[entry->name] = entry->available();
+  for (const attn_ext::Kernels* entry : attn_ext::kAllKernels)
+    found[entry->name] = entry->available();
   return found;
 }
 

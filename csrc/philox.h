@@ -1,8 +1,8 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11), generic in the type of a 32-bit word.
 //
-// The key is the seed; the counter is (column / 4, row, batch * Hq + head, offset) and word column % 4
-// decides about a weight, so every backend drops the same weights at any block size. The same in Python:
-// attn_ext/philox.py.
+// The key is the seed; the counter is (column / 4, row, batch * Hq + head, offset) and word column
+// % 4 decides about a weight, so every backend drops the same weights at any block size. The same
+// in Python: attn_ext/philox.py.
 #pragma once
 
 #include <cstdint>

@@ -206,7 +206,9 @@ def _direction(like: Tensor) -> Tensor:
     return torch.randn(like.shape, dtype=torch.float64, generator=generator)
 
 
-def gradients_from_rounded(inputs: Inputs, results: dict[str, Tensor], average: bool) -> dict[str, Tensor]:
+def gradients_from_rounded(
+    inputs: Inputs, results: dict[str, Tensor], average: bool
+) -> dict[str, Tensor]:
     """The gradients in float64, but from an output and an LSE that were rounded to their dtypes.
 
     That is all that the contract hands to a backward pass, so no kernel can be closer to the truth; where a
@@ -226,7 +228,9 @@ def gradients_from_rounded(inputs: Inputs, results: dict[str, Tensor], average: 
     finite = torch.isfinite(lse)
     lse = lse.masked_fill(~finite, 0.0)
 
-    def gradients(prefix: str, dweights: Tensor, row_term: Tensor, surrogate: Tensor) -> dict[str, Tensor]:
+    def gradients(
+        prefix: str, dweights: Tensor, row_term: Tensor, surrogate: Tensor
+    ) -> dict[str, Tensor]:
         dscores = (weights * (keep * dweights - row_term[..., None])).masked_fill(~visible, 0.0)
         loss = surrogate + (scores.masked_fill(~visible, 0.0) * dscores.detach()).sum()
         if problem.sinks is not None:

@@ -28,4 +28,3 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(20_26)
-

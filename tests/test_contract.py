@@ -6,13 +6,24 @@ kernel, where it can run the problem), plus one rounding of the result. No toler
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, GROUPED, SQUARE, Case, Inputs, Sizes, error, gradients_from_rounded, make_inputs, rounding_unit, run
+from cases import (
+    CASES,
+    GROUPED,
+    SQUARE,
+    Case,
+    Inputs,
+    Sizes,
+    error,
+    gradients_from_rounded,
+    make_inputs,
+    rounding_unit,
+    run,
+)
 from torch import Tensor
 
 import attn_ext
@@ -39,7 +50,10 @@ def assert_contract(inputs: Inputs, dtype: torch.dtype, backend: str, average: b
     truth = expected
     if dtype is torch.float64:
         narrow = inputs.to(torch.float32)
-        plain, truth = run(narrow, "reference", average), run(narrow.to(dtype), "reference", average)
+        plain, truth = (
+            run(narrow, "reference", average),
+            run(narrow.to(dtype), "reference", average),
+        )
         precision = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     rounded = gradients_from_rounded(inputs, actual, average)
     assert actual.keys() == expected.keys()
@@ -174,7 +188,9 @@ def test_any_strides(layout: str, dtype: str, backend: str) -> None:
     compare(out, same)
     dout = torch.randn(2, 37, 3, 10).to(DTYPES[dtype]).transpose(1, 2)
     grads = torch.autograd.grad(out, (query, key, value), dout)
-    for ours, theirs in zip(grads, torch.autograd.grad(same, copies, dout.contiguous()), strict=True):
+    for ours, theirs in zip(
+        grads, torch.autograd.grad(same, copies, dout.contiguous()), strict=True
+    ):
         compare(ours, theirs)
 
 
@@ -203,14 +219,15 @@ def test_garbage_reaches_only_rows_that_see_it(
             options = {"attn_mask": torch.zeros(97, 97).masked_fill(~visible, float("-inf"))}
         if hide == "padding":
             options = {"key_padding_mask": (torch.arange(97) != 70).expand(2, 97)}
-    seen = attn_ext.attention_weights(
-        inputs.query, inputs.key, average=False, backend="reference", **options
-    ).detach()[0, 0] > 0
+    seen = (
+        attn_ext.attention_weights(
+            inputs.query, inputs.key, average=False, backend="reference", **options
+        ).detach()[0, 0]
+        > 0
+    )
 
     def results() -> list[Tensor]:
-        out, lse = attn_ext.attention(
-            **tensors, return_lse=True, backend=backend, **options
-        )
+        out, lse = attn_ext.attention(**tensors, return_lse=True, backend=backend, **options)
         dout = torch.ones_like(out)
         return [out.detach(), lse.detach(), *torch.autograd.grad(out, list(tensors.values()), dout)]
 
@@ -292,19 +309,25 @@ def test_backward_is_deterministic(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "mask_dtype"),
-    list(itertools.product(["bfloat16", "float16", "float32"], ["float32"]))
-    + [("bfloat16", "bfloat16"), ("float16", "float16"), ("float64", "float64")],
+    [
+        *((dtype, "float32") for dtype in ("bfloat16", "float16", "float32")),
+        *((dtype, dtype) for dtype in ("bfloat16", "float16", "float64")),
+    ],
 )
 def test_mask_dtypes(dtype: str, mask_dtype: str, backend: str) -> None:
     sizes = Sizes(2, 3, 3, 21, 34, 8, 9)
     mask = torch.randn(21, 34).to(DTYPES[mask_dtype]).requires_grad_()
     inputs = make_inputs(Case("", lambda s: {}, sizes), DTYPES[dtype])
-    out = attn_ext.attention(inputs.query, inputs.key, inputs.value, attn_mask=mask, backend=backend)
+    out = attn_ext.attention(
+        inputs.query, inputs.key, inputs.value, attn_mask=mask, backend=backend
+    )
     (grad,) = torch.autograd.grad(out.double().square().sum(), mask)
     assert grad.dtype == mask.dtype
     exact = inputs.to(torch.float64)
     wide = mask.detach().double().requires_grad_()
-    truth = attn_ext.attention(exact.query, exact.key, exact.value, attn_mask=wide, backend="reference")
+    truth = attn_ext.attention(
+        exact.query, exact.key, exact.value, attn_mask=wide, backend="reference"
+    )
     (expected,) = torch.autograd.grad(truth.square().sum(), wide)
     tolerance = 20 * torch.finfo(DTYPES[dtype]).eps
     torch.testing.assert_close(grad.double(), expected, atol=tolerance, rtol=tolerance)
@@ -349,9 +372,7 @@ def test_gradients_of_both_orders(name: str, backend: str) -> None:
         out, lse = attn_ext.attention(
             query, key, value, return_lse=True, backend=backend, **named, **options
         )
-        weights = attn_ext.attention_weights(
-            query, key, backend=backend, **named, **options
-        )
+        weights = attn_ext.attention_weights(query, key, backend=backend, **named, **options)
         return out, lse, weights
 
     assert torch.autograd.gradcheck(function, tensors)

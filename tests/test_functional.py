@@ -64,7 +64,9 @@ def test_grouped_heads_want_the_flag() -> None:
 def test_refusals() -> None:
     query = torch.randn(2, 3, 5, 8)
     with pytest.raises(ValueError, match="attn_mask must be None when is_causal"):
-        attn_ext.scaled_dot_product_attention(query, query, query, torch.ones(5, 5).bool(), is_causal=True)
+        attn_ext.scaled_dot_product_attention(
+            query, query, query, torch.ones(5, 5).bool(), is_causal=True
+        )
     with pytest.raises(ValueError, match="query must be at least 2-D"):
         attn_ext.scaled_dot_product_attention(query[0, 0, 0], query, query)
     with pytest.raises(TypeError, match=r"key must be a torch\.Tensor"):
@@ -77,7 +79,9 @@ def test_causal_bias(make: Any, lengths: tuple[int, int]) -> None:
     query, key = torch.randn(2, 3, lengths[0], 8), torch.randn(2, 3, lengths[1], 8)
     bias = make(*lengths)
     expected = F.scaled_dot_product_attention(query, key, key, bias)
-    torch.testing.assert_close(attn_ext.scaled_dot_product_attention(query, key, key, bias), expected)
+    torch.testing.assert_close(
+        attn_ext.scaled_dot_product_attention(query, key, key, bias), expected
+    )
 
 
 def test_torch_function_is_honoured() -> None:
@@ -85,12 +89,16 @@ def test_torch_function_is_honoured() -> None:
 
     class Logged(torch.Tensor):
         @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(func)
             return super().__torch_function__(func, types, args, kwargs or {})
 
     plain = torch.randn(2, 3, 5, 8)
-    out = attn_ext.scaled_dot_product_attention(plain.as_subclass(Logged), plain, plain, is_causal=True)
+    out = attn_ext.scaled_dot_product_attention(
+        plain.as_subclass(Logged), plain, plain, is_causal=True
+    )
     assert seen[0] is attn_ext.scaled_dot_product_attention
     assert type(out) is Logged
     expected = attn_ext.scaled_dot_product_attention(plain, plain, plain, is_causal=True)
@@ -146,7 +154,9 @@ def test_float_padding_has_a_gradient() -> None:
     for attn_mask in (None, mask, torch.randn(5, 5, dtype=torch.float64)):
 
         def function(padding: Tensor, attn_mask: Tensor | None = attn_mask) -> Tensor:
-            return attn_ext.attention(query, query, query, attn_mask=attn_mask, key_padding_mask=padding)
+            return attn_ext.attention(
+                query, query, query, attn_mask=attn_mask, key_padding_mask=padding
+            )
 
         assert torch.autograd.gradcheck(function, padding)
 
@@ -154,5 +164,5 @@ def test_float_padding_has_a_gradient() -> None:
 def test_only_lse_is_used() -> None:
     query = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     key = torch.randn(2, 3, 7, 8, dtype=torch.float64)
-    function = lambda q: attn_ext.attention(q, key, key, return_lse=True)[1]  # noqa: E731
+    function = lambda q: attn_ext.attention(q, key, key, return_lse=True)[1]
     assert torch.autograd.gradcheck(function, query)

@@ -51,7 +51,10 @@ def masks(kind: str) -> dict[str, Tensor]:
         "float padding": {"key_padding_mask": torch.randn(N, S).masked_fill(padding, INF)},
         "both bool": {"attn_mask": attn, "key_padding_mask": padding},
         "both float": {"attn_mask": torch.randn(L, S), "key_padding_mask": torch.randn(N, S)},
-        "float heads, padding": {"attn_mask": torch.randn(N * H, L, S), "key_padding_mask": padding},
+        "float heads, padding": {
+            "attn_mask": torch.randn(N * H, L, S),
+            "key_padding_mask": padding,
+        },
     }
     return table[kind]
 
@@ -59,7 +62,9 @@ def masks(kind: str) -> dict[str, Tensor]:
 MASKS = ("none", "bool", "float", "bool heads", "float heads", "padding", "float padding", "both bool", "both float", "float heads, padding")  # fmt: skip
 
 
-def inputs(module: nn.MultiheadAttention, which: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    module: nn.MultiheadAttention, which: str, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     def make(length: int, width: int) -> Tensor:
         shape = (N, length, width) if module.batch_first else (length, N, width)
         return torch.randn(shape, dtype=dtype).requires_grad_()
@@ -71,18 +76,26 @@ def inputs(module: nn.MultiheadAttention, which: str, dtype: torch.dtype = torch
     return [query, key, key] if which == "key is value" else [query, key, make(S, module.vdim)]
 
 
-def results(module: nn.MultiheadAttention, tensors: list[Tensor], **options: Any) -> dict[str, Tensor]:
+def results(
+    module: nn.MultiheadAttention, tensors: list[Tensor], **options: Any
+) -> dict[str, Tensor]:
     out, weights = module(*tensors, **options)
     generator = torch.Generator().manual_seed(4)
     loss = (out * torch.randn(out.shape, generator=generator).to(out.dtype)).sum()
     found = {"out": out}
     if weights is not None:
         found["weights"] = weights
-        loss = loss + (weights * torch.randn(weights.shape, generator=generator).to(out.dtype)).sum()
-    leaves = {f"input {i}": x for i, x in enumerate(tensors) if all(x is not y for y in tensors[:i])}
+        loss = (
+            loss + (weights * torch.randn(weights.shape, generator=generator).to(out.dtype)).sum()
+        )
+    leaves = {
+        f"input {i}": x for i, x in enumerate(tensors) if all(x is not y for y in tensors[:i])
+    }
     leaves.update(module.named_parameters())
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    found.update({f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None})
+    found.update(
+        {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    )
     return {name: x.detach() for name, x in found.items()}
 
 
@@ -101,8 +114,13 @@ def assert_like_stock(
     wide_tensors: list[Tensor] = []
     for index, x in enumerate(tensors):
         same = next((j for j in range(index) if tensors[j] is x), None)
-        wide_tensors.append(x.detach().double().requires_grad_() if same is None else wide_tensors[same])
-    wide_options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+        wide_tensors.append(
+            x.detach().double().requires_grad_() if same is None else wide_tensors[same]
+        )
+    wide_options = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
     truth = results(wide, wide_tensors, **wide_options)
     theirs, actual = results(stock, tensors, **options), results(ours, tensors, **options)
     assert actual.keys() == truth.keys()
@@ -167,19 +185,27 @@ def test_dtypes(dtype: torch.dtype, need_weights: bool) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_unbatched(kind: str, padded: bool, batch_first: bool) -> None:
     stock, ours = pair(batch_first=batch_first)
-    tensors = [torch.randn(L, E).requires_grad_(), *(torch.randn(S, E).requires_grad_() for _ in range(2))]
+    tensors = [
+        torch.randn(L, E).requires_grad_(),
+        *(torch.randn(S, E).requires_grad_() for _ in range(2)),
+    ]
     options = masks({"heads": "none"}.get(kind, kind))
     if kind == "heads":
         options["attn_mask"] = torch.randn(H, L, S)
     if padded:
         padding = torch.arange(S) > 4
-        options["key_padding_mask"] = padding if kind == "bool" else torch.zeros(S).masked_fill(padding, INF)
+        options["key_padding_mask"] = (
+            padding if kind == "bool" else torch.zeros(S).masked_fill(padding, INF)
+        )
     assert_like_stock(stock, ours, tensors, **options)
 
 
 def test_causal_hint_with_its_mask() -> None:
     stock, ours = pair()
-    for mask in (nn.Transformer.generate_square_subsequent_mask(S), torch.ones(S, S).triu(1).bool()):
+    for mask in (
+        nn.Transformer.generate_square_subsequent_mask(S),
+        torch.ones(S, S).triu(1).bool(),
+    ):
         for need_weights in (False, True):
             options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
             assert_like_stock(stock, ours, inputs(stock, "self"), **options)
@@ -199,7 +225,9 @@ def test_causality_and_the_mask_both_hold_on_every_path(
     both = wrong | torch.ones(S, S).triu(1).bool()
     expected, expected_weights = stock.eval()(x, x, x, attn_mask=both)
     for mask in (wrong, torch.zeros(S, S).masked_fill(wrong, INF)):
-        out, weights = ours.train(training)(x, x, x, attn_mask=mask, is_causal=True, need_weights=need_weights)
+        out, weights = ours.train(training)(
+            x, x, x, attn_mask=mask, is_causal=True, need_weights=need_weights
+        )
         torch.testing.assert_close(out, expected)
         if need_weights:
             torch.testing.assert_close(weights, expected_weights)
@@ -230,7 +258,9 @@ def test_dropout_is_applied_and_seen_in_the_weights() -> None:
     assert (weights == 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
     value = F.linear(x, ours.in_proj_weight[2 * E :], ours.in_proj_bias[2 * E :])
     heads = value.unflatten(-1, (H, -1)).permute(1, 2, 0, 3)
-    torch.testing.assert_close(ours.out_proj((weights @ heads).permute(2, 0, 1, 3).flatten(-2)), out)
+    torch.testing.assert_close(
+        ours.out_proj((weights @ heads).permute(2, 0, 1, 3).flatten(-2)), out
+    )
     torch.manual_seed(1)
     assert torch.equal(ours(x, x, x, need_weights=False)[0], out)
     assert (ours.eval()(x, x, x, average_attn_weights=False)[1] != 0).all()
@@ -252,7 +282,9 @@ def test_parameters_are_drawn_and_kept_alike(name: str) -> None:
     stock, ours = pair(**CONSTRUCTORS[name])
     assert isinstance(ours, nn.MultiheadAttention)
     assert list(ours.state_dict()) == list(stock.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True)
+    )
     stock.load_state_dict(ours.state_dict())
     ours.load_state_dict(stock.state_dict())
 
@@ -350,7 +382,7 @@ ERRORS: dict[str, tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = {
 def test_errors_are_of_the_originals_type(name: str) -> None:
     constructor, tensors, options = ERRORS[name]
     stock, ours = pair(**constructor)
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         stock(*tensors, **options)
     with pytest.raises(theirs.type):
         ours(*tensors, **options)
@@ -361,7 +393,7 @@ def test_errors_are_of_the_originals_type(name: str) -> None:
     [{"embed_dim": 0}, {"num_heads": 0}, {"embed_dim": 10, "num_heads": 3}, {"num_heads": -1}],
 )
 def test_constructor_errors(arguments: dict[str, int]) -> None:
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         nn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, **arguments})
     with pytest.raises(theirs.type):
         MultiheadAttention(**{"embed_dim": E, "num_heads": H, **arguments})
@@ -414,7 +446,7 @@ FUNCTIONAL_ERRORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FUNCTIONAL_ERRORS)
 def test_functional_errors(name: str) -> None:
     arguments = {**functional_arguments(), **FUNCTIONAL_ERRORS[name]}
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         F.multi_head_attention_forward(**arguments)
     with pytest.raises(theirs.type):
         attn_ext.multi_head_attention_forward(**arguments)
@@ -425,7 +457,9 @@ def test_functional_honours_torch_function() -> None:
 
     class Logged(Tensor):
         @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(func)
             return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -444,7 +478,10 @@ def test_functional_honours_torch_function() -> None:
 def test_compile_and_export(need_weights: bool) -> None:
     ours = MultiheadAttention(E, H, batch_first=True, dropout=0.1).eval()
     query, key = torch.randn(N, L, E), torch.randn(N, S, E)
-    options = {"need_weights": need_weights, "key_padding_mask": masks("padding")["key_padding_mask"]}
+    options = {
+        "need_weights": need_weights,
+        "key_padding_mask": masks("padding")["key_padding_mask"],
+    }
     expected = ours(query, key, key, **options)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query, key, key, **options), expected)
@@ -511,7 +548,9 @@ def test_nothing_of_length_by_length_per_head_is_saved() -> None:
     length, kept = 130, []
     ours = MultiheadAttention(E, H)
     tensor = torch.randn(length, N, E)
-    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.numel()) or y, lambda y: y):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda y: kept.append(y.numel()) or y, lambda y: y
+    ):
         out, weights = ours(tensor, tensor, tensor)
     (out.sum() + weights.sum()).backward()
     assert max(kept) < N * length * length

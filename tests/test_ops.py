@@ -38,7 +38,10 @@ def function(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("operator", ["attention", "attention_backward", "attention_weights", "attention_weights_backward"])  # fmt: skip
 def test_opcheck(operator: str, name: str) -> None:
-    options = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    options = {
+        k: v.clone().requires_grad_() if isinstance(v, Tensor) else v
+        for k, v in OPTIONS[name].items()
+    }
     problem = Problem.build(*tensors(), **options)
     problem.seed = 7
     with torch.no_grad():
@@ -47,7 +50,13 @@ def test_opcheck(operator: str, name: str) -> None:
     weights = torch.randn(2, 5, 7)
     between: tuple[Any, ...] = {
         "attention": (),
-        "attention_backward": (out, lse, torch.randn_like(out), torch.randn_like(lse), mask_gradient),
+        "attention_backward": (
+            out,
+            lse,
+            torch.randn_like(out),
+            torch.randn_like(lse),
+            mask_gradient,
+        ),
         "attention_weights": (lse, True),
         "attention_weights_backward": (lse, weights, True, mask_gradient),
     }[operator]
@@ -116,7 +125,7 @@ def test_vmap(name: str, in_dims: tuple[int | None, ...]) -> None:
     for tensor, dim in zip(tensors(grad=False), in_dims, strict=True):
         parts = [torch.randn_like(tensor) for _ in range(3)]
         inputs.append(tensor if dim is None else torch.stack(parts, dim))
-    mapped = lambda *x: function(*x, **options)  # noqa: E731
+    mapped = lambda *x: function(*x, **options)
     actual = torch.func.vmap(mapped, in_dims)(*inputs)
     for index in range(3):
         sample = [
@@ -130,7 +139,7 @@ def test_vmap(name: str, in_dims: tuple[int | None, ...]) -> None:
 def test_vmap_over_everything_else() -> None:
     query, key, value = tensors(grad=False)
     sinks, masks = torch.randn(3, 4), torch.rand(3, 5, 7) < 0.7
-    attend = lambda s, m: attn_ext.attention(query, key, value, sinks=s, attn_mask=m)  # noqa: E731
+    attend = lambda s, m: attn_ext.attention(query, key, value, sinks=s, attn_mask=m)
     actual = torch.func.vmap(attend)(sinks, masks)
     for index in range(3):
         torch.testing.assert_close(actual[index], attend(sinks[index], masks[index]))
@@ -164,7 +173,7 @@ def test_jvp_and_hessian() -> None:
     for tangent, a, b in zip(actual, ahead, behind, strict=True):
         torch.testing.assert_close(tangent, (a - b) / (2 * step), atol=1e-6, rtol=1e-5)
     small = torch.randn(1, 1, 2, 3, dtype=torch.float64)
-    loss = lambda q: attn_ext.attention(q, small, small).square().sum()  # noqa: E731
+    loss = lambda q: attn_ext.attention(q, small, small).square().sum()
     expected_hessian = torch.autograd.functional.hessian(loss, small)
     torch.testing.assert_close(torch.func.hessian(loss)(small), expected_hessian)
 
@@ -230,7 +239,9 @@ def test_nothing_of_length_by_length() -> None:
         attn_ext.attention(query, key, value, **options).sum().backward()
     assert 0 < traced.largest < length * length
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         out = attn_ext.attention(query, key, value, **options)
     out.sum().backward()
     assert max(kept) < length * length
@@ -241,7 +252,9 @@ def test_nothing_of_length_by_length() -> None:
 
 def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
     class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             names.append(str(func))
             return func(*args, **(kwargs or {}))
 

@@ -89,5 +89,7 @@ def test_wrong_arguments() -> None:
         attn_ext.replace_multihead_attention([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="from_module"):
         attn_ext.replace_multihead_attention(nn.MultiheadAttention(12, 4))
-    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.MultiheadAttention, got Linear"):
+    with pytest.raises(
+        TypeError, match=r"module must be a torch\.nn\.MultiheadAttention, got Linear"
+    ):
         MultiheadAttention.from_module(nn.Linear(2, 2))  # type: ignore[arg-type]

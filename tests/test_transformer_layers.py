@@ -49,9 +49,11 @@ def padding() -> Tensor:
 def test_encoder_layer(
     training: bool, norm_first: bool, batch_first: bool, calls: list[int]
 ) -> None:
-    stock = nn.TransformerEncoderLayer(E, H, 24, 0.0, norm_first=norm_first, batch_first=batch_first)
+    stock = nn.TransformerEncoderLayer(
+        E, H, 24, 0.0, norm_first=norm_first, batch_first=batch_first
+    )
     ours = swapped(stock)
-    stock.train(training), ours.train(training)  # noqa: B018
+    stock.train(training), ours.train(training)
     x = torch.randn((N, S, E) if batch_first else (S, N, E))
     causal = nn.Transformer.generate_square_subsequent_mask(S)
     for options in (

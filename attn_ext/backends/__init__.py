@@ -39,8 +39,8 @@ class WeightsGradients(NamedTuple):
 def empty_in_layout_of(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A new dense tensor of that shape whose dimensions lie in memory in `like`'s order.
 
-    An output in query's order means that (B, L, H, D) projections get a (B, L, H, D) output and nobody
-    has to transpose.
+    An output in query's order means that (B, L, H, D) projections get a (B, L, H, D) output and
+    nobody has to transpose.
     """
     strides = like.stride()
     order = sorted(range(like.dim() - 1), key=lambda dim: strides[dim], reverse=True)

@@ -112,7 +112,9 @@ def backward(
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
     problem, out, dout = _prepared(problem), _rows_contiguous(out), _rows_contiguous(dout)
-    grads = [empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key, problem.value)]
+    dq, dk, dv = (
+        empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key, problem.value)
+    )
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
     arguments, _kept = _arguments(problem)
@@ -124,7 +126,9 @@ def backward(
         None if dlse is None else _row_view(dlse),
         None,
         1.0,
-        *(_view(grad) for grad in grads),
+        _view(dq),
+        _view(dk),
+        _view(dv),
         None if dmask is None else _view(_broadcast_mask(dmask, problem)),
         _row_view(row_term),
     )
@@ -132,7 +136,7 @@ def backward(
     if problem.sinks is not None:
         sinks = problem.sinks.to(lse.dtype)[:, None]
         dsinks = -(torch.exp(sinks - lse) * row_term).sum(dim=(0, 2)).to(problem.sinks.dtype)
-    return Gradients(*grads, _as_mask(dmask, problem), dsinks)
+    return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
 
 
 def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
@@ -177,7 +181,7 @@ def weights_backward(
     return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
 
 
-def _arguments(problem: Problem) -> tuple[tuple[Any, ...], Any]:
+def _arguments(problem: Problem) -> tuple[tuple[int, int, tuple[Any, ...]], Any]:
     """The arguments that every native function starts with, and what must outlive the call."""
     problem = _prepared(problem)
     query, key, value = problem.query, problem.key, problem.value

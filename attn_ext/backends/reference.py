@@ -44,14 +44,19 @@ def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
 
 
 def backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, mask_gradient: bool
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    mask_gradient: bool,
 ) -> Gradients:
     """The gradients by automatic differentiation of `forward`; see `backends` for the signature."""
     with torch.enable_grad(), _autograd_inside_operators():
         problem, inputs = _with_fresh_leaves(problem, mask_gradient)
         results = forward(problem)
         grads = _gradients(results, inputs, (dout, torch.zeros_like(lse) if dlse is None else dlse))
-    return Gradients(*grads)
+    return Gradients(*grads)  # type: ignore[arg-type]
 
 
 def weights_backward(
@@ -65,14 +70,16 @@ def weights_backward(
         dq, dk, dmask, dlse = _gradients(
             (result,), (inputs[0], inputs[1], inputs[3], lse), (dweights,)
         )
-    assert dq is not None and dk is not None and dlse is not None
+    assert dq is not None
+    assert dk is not None
+    assert dlse is not None
     return WeightsGradients(dq, dk, dmask, dlse)
 
 
 def _autograd_inside_operators() -> Any:
-    """An operator's kernel runs below autograd; this lets what is inside record a graph of its own."""
-    key = torch._C.DispatchKey.AutogradFunctionality  # type: ignore[attr-defined]
-    return torch._C._SetExcludeDispatchKeyGuard(key, False)  # type: ignore[attr-defined]
+    """Lets what an operator's kernel does, below autograd, record a graph of its own."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    return torch._C._SetExcludeDispatchKeyGuard(key, False)
 
 
 def _scores(problem: Problem, exact: bool) -> tuple[Tensor, Tensor]:
@@ -123,7 +130,7 @@ def _key_mask(problem: Problem) -> Tensor | None:
 
 
 def _per_query_head(tensor: Tensor, problem: Problem) -> Tensor:
-    """(B, Hkv, Lk, D) to (B, Hq, Lk, D): each key/value head serves Hq / Hkv neighbouring query heads."""
+    """(B, Hkv, Lk, D) to (B, Hq, Lk, D): a key head serves Hq / Hkv neighbouring query heads."""
     if tensor.shape[1] == problem.query_heads:
         return tensor
     return tensor.repeat_interleave(problem.query_heads // tensor.shape[1], dim=1)
@@ -170,7 +177,7 @@ def _dropped(problem: Problem, weights: Tensor) -> Tensor:
 
 
 def _has_non_finite(*tensors: Tensor) -> bool:
-    """Whether the slow exact products are needed; not asked where tensors have no values to look at."""
+    """Whether the slow exact products are needed; False where tensors have no values to see."""
     if (
         torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None
@@ -186,7 +193,8 @@ def _matmul_over_visible(
     """left @ right in which pairs that are not visible take no part, forward and backward.
 
     A plain product has 0 * NaN = NaN where a hidden key holds garbage. With `exact`, a hidden
-    pair's operand is replaced by 0, at a cost of (..., Lq, Lk, D) memory; tests of such inputs are small.
+    pair's operand is replaced by 0, at a cost of (..., Lq, Lk, D) memory; tests of such inputs are
+    small.
 
     Args:
         left: (..., Lq, N). right: (..., N, M).

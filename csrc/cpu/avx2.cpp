@@ -7,12 +7,12 @@
 #include "instruction_set.h"
 
 namespace attn_ext {
-const Kernels kAvx2Kernels = {
-    "avx2",
-    [] {
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
-    },
-    run_forward, run_backward, run_weights};
+const Kernels kAvx2Kernels = {"avx2",
+                              [] {
+                                return __builtin_cpu_supports("avx2") &&
+                                       __builtin_cpu_supports("fma") &&
+                                       __builtin_cpu_supports("f16c");
+                              },
+                              run_forward, run_backward, run_weights};
 }  // namespace attn_ext
 #endif

@@ -4,15 +4,16 @@
 //     P  = exp2(S - lse)              dP = keep * (V dO^T + dW)
 //     dS = P (dP - delta)             delta = sum(dO * O) - dlse, a value a row
 //     dV += (keep P) dO               dK += scale dS Q               dQ += scale dS^T K
-// A query block's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so that
-// nothing is atomic and the result does not depend on timing. Threads take whole (batch, key head) pairs where
-// these are many, else they share a pair: thread t takes query blocks t, t + n, ... (which balances causal
-// work) into sums of its own, added up in order.
-// Tested against backends/reference.py and by gradcheck in tests/contract.
+// A query block's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so
+// that nothing is atomic and the result does not depend on timing. Threads take whole (batch, key
+// head) pairs where these are many, else they share a pair: thread t takes query blocks t, t + n,
+// ... (which balances causal work) into sums of its own, added up in order. Tested against
+// backends/reference.py and by gradcheck in tests/contract.
 
 template <typename Real>
 struct BackwardWorkspace {
-  Real *queries, *queries_by_row, *douts, *douts_by_row, *dqueries, *scores, *dscores, *slope, *keep;
+  Real *queries, *queries_by_row, *douts, *douts_by_row, *dqueries, *scores, *dscores, *slope,
+      *keep;
   Real *keys, *values, *lse, *row_term, *row, *dkeys, *dvalues;
   uint8_t* hidden;
 
@@ -68,7 +69,8 @@ struct BackwardBlock {
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = rows.first + i;
       convert_row(at<const T>(to.out, rows.batch, rows.head, row), w.row, p.value_dim);
-      double delta = 0;  // subtracted from every dP, which it nearly cancels where few keys are visible
+      double delta =
+          0;  // subtracted from every dP, which it nearly cancels where few keys are visible
       for (int64_t d = 0; d < p.value_dim; ++d) {
         delta += static_cast<double>(w.row[d]) * douts_by_row[i * dout_stride + d];
       }
@@ -93,7 +95,8 @@ void load_dweights(const BackwardArguments& to, const RowBlock& rows, int64_t ke
   }
 }
 
-// Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if given.
+// Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if
+// given.
 template <typename Real>
 void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys,
                      const BackwardWorkspace<Real>& w, Real* row_sum) {
@@ -128,8 +131,9 @@ void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int
 }
 
 template <typename T, typename Real>
-void backward_tile(const Problem& p, const BackwardArguments& to, const BackwardBlock<T, Real>& block,
-                   TileKind kind, int64_t key, int64_t keys, const BackwardWorkspace<Real>& w) {
+void backward_tile(const Problem& p, const BackwardArguments& to,
+                   const BackwardBlock<T, Real>& block, TileKind kind, int64_t key, int64_t keys,
+                   const BackwardWorkspace<Real>& w) {
   const RowBlock& rows = block.rows;
   const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
   int64_t k_stride, v_stride;
@@ -152,8 +156,8 @@ void backward_tile(const Problem& p, const BackwardArguments& to, const Backward
   score_gradients(p, rows, keys, w, to.dweights ? w.row_term : nullptr);
   if (to.dmask) {
     const bool wide = to.dmask.dtype == DType::kFloat64;
-    (wide ? add_mask_gradient<double, Real> : add_mask_gradient<float, Real>)(to.dmask, rows, key, keys,
-                                                                              w.dscores);
+    (wide ? add_mask_gradient<double, Real> : add_mask_gradient<float, Real>)(to.dmask, rows, key,
+                                                                              keys, w.dscores);
   }
 
   const Real scale = static_cast<Real>(p.scale);
@@ -165,8 +169,8 @@ void backward_tile(const Problem& p, const BackwardArguments& to, const Backward
   const int64_t vectors = width / kLanes<Real>, value_vectors = value_width / kLanes<Real>;
   if (careful) {
     if (!to.dweights) {
-      accumulate_visible<false>(w.hidden, keys, rows, w.scores, block.douts_by_row, block.dout_stride,
-                                p.value_dim, dvalues, value_width);
+      accumulate_visible<false>(w.hidden, keys, rows, w.scores, block.douts_by_row,
+                                block.dout_stride, p.value_dim, dvalues, value_width);
     }
     accumulate_visible<false>(w.hidden, keys, rows, w.dscores, block.queries_by_row,
                               block.query_stride, p.head_dim, dkeys, width);
@@ -202,14 +206,15 @@ void backward_block(const Problem& p, const BackwardArguments& to, const RowBloc
   }
 }
 
-// Whether different heads or batches add to one mask gradient, so that they must not run at the same time.
+// Whether different heads or batches add to one mask gradient, so that they must not run at the
+// same time.
 inline bool mask_is_shared(const Problem& p, const BackwardArguments& to) {
   return to.dmask && ((to.dmask.stride[0] == 0 && p.batch > 1) ||
                       (to.dmask.stride[1] == 0 && p.query_heads > 1));
 }
 
-// One thread's part of a pair: of every `step` query blocks of the heads that share a key head, one; or,
-// under a shared mask gradient, one of every `step` row blocks with all of its heads.
+// One thread's part of a pair: of every `step` query blocks of the heads that share a key head,
+// one; or, under a shared mask gradient, one of every `step` row blocks with all of its heads.
 template <typename T, typename Real>
 void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t first,
                    int64_t step, const BackwardWorkspace<Real>& w) {
@@ -231,7 +236,7 @@ template <typename T, typename Real>
 void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t row,
                          BackwardWorkspace<Real>* parts, int count) {
   const int64_t batch = pair / p.key_heads, head = pair % p.key_heads;
-  const auto write = [&](const View& view, int64_t width, Real* BackwardWorkspace<Real>::*member) {
+  const auto write = [&](const View& view, int64_t width, Real* BackwardWorkspace<Real>::* member) {
     T* out = at<T>(view, batch, head, row);
     for (int64_t d = 0; d < width; ++d) {
       Real sum = 0;
@@ -243,8 +248,8 @@ void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t 
   if (!to.dweights) write(to.dvalue, p.value_dim, &BackwardWorkspace<Real>::dvalues);
 }
 
-// How many threads may share a pair: as many as have query blocks, within 48 MiB of partial sums, and one
-// where a mask gradient without a row dimension would make them write to one place.
+// How many threads may share a pair: as many as have query blocks, within 48 MiB of partial sums,
+// and one where a mask gradient without a row dimension would make them write to one place.
 template <typename Real>
 int sharing_threads(const Problem& p, const BackwardArguments& to, int threads) {
   if (to.dmask && to.dmask.stride[2] == 0) return 1;

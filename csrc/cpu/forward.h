@@ -1,12 +1,14 @@
-// Forward pass: out = softmax(scores) V and lse, by online softmax (Dao, arXiv:2307.08691, algorithm 1).
+// Forward pass: out = softmax(scores) V and lse, by online softmax (Dao, arXiv:2307.08691,
+// algorithm 1).
 //
 // One work item is a block of query rows of one head; it walks over the keys 64 at a time:
 //     S = K Q^T                       lanes are query rows, K is read where it lies
 //     m' = max(m, max S)              rescale l and O by exp2(m - m') only where the maximum moved
 //     P = exp2(S - m'),  l += sum P
 //     O^T += V^T P
-// Tiles outside causality and the window are never visited; those that a mask forbids whole are skipped.
-// A sink starts the softmax: m = sink, l = 1. Tested against backends/reference.py in tests/contract.
+// Tiles outside causality and the window are never visited; those that a mask forbids whole are
+// skipped. A sink starts the softmax: m = sink, l = 1. Tested against backends/reference.py in
+// tests/contract.
 
 template <typename Real>
 struct ForwardWorkspace {
@@ -116,7 +118,8 @@ void forward_block(const Problem& p, const ForwardArguments& to, const RowBlock&
   for (int64_t i = 0; i < rows.count; ++i) {
     T* out = at<T>(to.out, rows.batch, rows.head, rows.first + i);
     const Real total = state.sum[i] == 0 ? Real(1) : state.sum[i];
-    for (int64_t d = 0; d < p.value_dim; ++d) from_float(w.output[d * kRows<Real> + i] / total, out + d);
+    for (int64_t d = 0; d < p.value_dim; ++d)
+      from_float(w.output[d * kRows<Real> + i] / total, out + d);
     *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) = state.lse(i);
   }
 }
@@ -135,7 +138,8 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
     for (int64_t item = 0; item < items; ++item) {
       const int64_t head = item % heads, block = blocks - 1 - item / heads;
       forward_block<T, Real>(
-          p, to, RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block), workspace);
+          p, to, RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block),
+          workspace);
     }
   }
 }

@@ -1,4 +1,5 @@
-// Standard headers, included before any `#pragma GCC target` so that their inline code stays portable.
+// Standard headers, included before any `#pragma GCC target` so that their inline code stays
+// portable.
 #pragma once
 
 #include <omp.h>

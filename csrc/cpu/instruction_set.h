@@ -32,13 +32,16 @@ void with_types(DType dtype, Call call) {
 }
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
-  with_types(p.dtype, [&](auto t, auto real) { forward<decltype(t), decltype(real)>(p, to, threads); });
+  with_types(p.dtype,
+             [&](auto t, auto real) { forward<decltype(t), decltype(real)>(p, to, threads); });
 }
 void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
-  with_types(p.dtype, [&](auto t, auto real) { backward<decltype(t), decltype(real)>(p, to, threads); });
+  with_types(p.dtype,
+             [&](auto t, auto real) { backward<decltype(t), decltype(real)>(p, to, threads); });
 }
 void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
-  with_types(p.dtype, [&](auto t, auto real) { weights<decltype(t), decltype(real)>(p, to, threads); });
+  with_types(p.dtype,
+             [&](auto t, auto real) { weights<decltype(t), decltype(real)>(p, to, threads); });
 }
 
 }  // namespace

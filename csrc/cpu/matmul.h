@@ -1,9 +1,9 @@
 // Register-tiled matrix products on small blocks, C (+)= A B, all in the compute type.
 //
-// B and C are row-major with rows padded to whole vectors. A is read one broadcast scalar at a time, so
-// that keys and values are used where they lie in memory: kRowsAdjacent says whether A(m, k) is
-// a[m + k * lda] (neighbouring rows, a transposed operand) or a[m * lda + k].
-// A register tile is MR rows by NR vectors; the accumulators fill the register file.
+// B and C are row-major with rows padded to whole vectors. A is read one broadcast scalar at a
+// time, so that keys and values are used where they lie in memory: kRowsAdjacent says whether A(m,
+// k) is a[m + k * lda] (neighbouring rows, a transposed operand) or a[m * lda + k]. A register tile
+// is MR rows by NR vectors; the accumulators fill the register file.
 
 #if ATTN_EXT_VECTOR_BYTES == 64
 constexpr int kTileRows[5] = {0, 12, 12, 8, 6};  // by NR; 32 registers
@@ -49,7 +49,8 @@ void multiply_column(int64_t rows, const Real* a, int64_t lda, const Real* b, in
   }
   if constexpr (MR > 1) {
     if (rows > 0) {
-      multiply_column<(MR + 1) / 2, NR, kRowsAdjacent>(rows, a, lda, b, ldb, c, ldc, depth, accumulate);
+      multiply_column<(MR + 1) / 2, NR, kRowsAdjacent>(rows, a, lda, b, ldb, c, ldc, depth,
+                                                       accumulate);
     }
   }
 }

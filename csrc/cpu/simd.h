@@ -1,7 +1,8 @@
 // Vectors of one instruction set: GCC's vector types, and the few intrinsics that they lack.
 //
-// Included inside a namespace of the instruction set, after ATTN_EXT_VECTOR_BYTES (64, 32 or 16) is defined
-// and `#pragma GCC target` is in force. No include guard: every instruction set gets its own copy.
+// Included inside a namespace of the instruction set, after ATTN_EXT_VECTOR_BYTES (64, 32 or 16) is
+// defined and `#pragma GCC target` is in force. No include guard: every instruction set gets its
+// own copy.
 
 constexpr int kVectorBytes = ATTN_EXT_VECTOR_BYTES;
 
@@ -20,8 +21,8 @@ struct Simd<float> {
   using Int = int32_t;
   static constexpr int kMantissaBits = 23, kBias = 127;
   static constexpr float kRoundToInt = 12582912.0f;  // 1.5 * 2^23
-  static constexpr float kExp2[] = {0.69314720285873210f,  0.24022647913122761f,
-                                    0.055503324653332853f, 0.0096184373909533050f,
+  static constexpr float kExp2[] = {0.69314720285873210f,   0.24022647913122761f,
+                                    0.055503324653332853f,  0.0096184373909533050f,
                                     0.0013398876242775026f, 0.00015353357278624635f};
 };
 
@@ -40,7 +41,8 @@ struct Simd<double> {
 template <typename Real>
 struct VecOf {
   typedef Real Type __attribute__((vector_size(kVectorBytes)));
-  typedef Real Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+  typedef Real Unaligned
+      __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
   typedef typename Simd<Real>::Int IntType __attribute__((vector_size(kVectorBytes)));
 };
 template <typename Real>
@@ -89,8 +91,8 @@ inline void split_exp2(Vec<Real> x, Vec<Real>* power, Vec<Real>* f, Vec<Real>* q
   *q = sum;
 }
 
-// Relative error below 2e-9 plus rounding (float), 1e-16 (double). 0 where the result would be subnormal;
-// NaN stays NaN.
+// Relative error below 2e-9 plus rounding (float), 1e-16 (double). 0 where the result would be
+// subnormal; NaN stays NaN.
 template <typename Real>
 inline Vec<Real> exp2(Vec<Real> x) {
   const Real lowest = static_cast<Real>(1 - Simd<Real>::kBias);

@@ -1,7 +1,7 @@
 // One tile of scores, 64 keys by one block of query rows: how it is packed, masked and dropped.
 //
-// Scores lie transposed, s[key][row]: the lanes of a vector are query rows, so that a softmax over keys
-// needs no shuffle. They are kept in units of log2: s * log2(e), ready for exp2.
+// Scores lie transposed, s[key][row]: the lanes of a vector are query rows, so that a softmax over
+// keys needs no shuffle. They are kept in units of log2: s * log2(e), ready for exp2.
 
 constexpr int64_t kKeys = 64;
 template <typename Real>
@@ -19,8 +19,8 @@ inline int64_t padded(int64_t n) {
 
 template <typename T>
 inline T* at(const View& view, int64_t b, int64_t h, int64_t row, int64_t column = 0) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + row * view.stride[2] +
-         column * view.stride[3];
+  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
+         row * view.stride[2] + column * view.stride[3];
 }
 
 // The query rows [first, first + count) of one head.
@@ -63,7 +63,8 @@ inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key
     if (mask.stride[3] == 1) {
       for (int64_t j = 0; j < keys; ++j) any |= row[j], all &= row[j];
     } else {
-      for (int64_t j = 0; j < keys; ++j) any |= row[j * mask.stride[3]], all &= row[j * mask.stride[3]];
+      for (int64_t j = 0; j < keys; ++j)
+        any |= row[j * mask.stride[3]], all &= row[j * mask.stride[3]];
     }
   }
   return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
@@ -102,8 +103,8 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
 
 // packed[d][row] = factor * rows' values, transposed; rows beyond the last are 0.
 template <typename T, typename Real>
-void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real factor, Real* packed,
-                     Real* row_buffer) {
+void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real factor,
+                     Real* packed, Real* row_buffer) {
   constexpr int64_t kStride = kRows<Real>;
   for (int64_t i = 0; i < rows.count; ++i) {
     convert_row(at<const T>(view, rows.batch, rows.head, rows.first + i), row_buffer, width);
@@ -246,17 +247,19 @@ void apply_alibi(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   }
 }
 
-// What query is multiplied with before the product with the keys, so that scores come out in log2 units
-// (or as s / softcap).
+// What query is multiplied with before the product with the keys, so that scores come out in log2
+// units (or as s / softcap).
 template <typename Real>
 inline Real query_factor(const Problem& p) {
   return static_cast<Real>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E);
 }
 
-// Scores of one tile: s[key][row] = log2(e) * (everything that the softmax sees), -inf where hidden.
+// Scores of one tile: s[key][row] = log2(e) * (everything that the softmax sees), -inf where
+// hidden.
 template <typename Real>
-void compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
-                    const Real* queries, const Real* k, int64_t k_stride, Real* s, Real* slope) {
+void compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
+                    int64_t keys, const Real* queries, const Real* k, int64_t k_stride, Real* s,
+                    Real* slope) {
   multiply<false>(keys, rows.vectors, p.head_dim, k, k_stride, queries, kRows<Real>, s, kRows<Real>,
                   false);
   if (p.softcap != 0) apply_softcap(static_cast<Real>(p.softcap), rows, keys, s, slope);
@@ -269,7 +272,8 @@ void compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
 
 // keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.
 template <typename Real>
-void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* keep) {
+void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
+                     Real* keep) {
   constexpr int64_t kCount = (kRows<Real> + kWordLanes - 1) / kWordLanes;
   const Real factor = static_cast<Real>(1.0 / (1.0 - p.dropout_p));
   const uint32_t head = static_cast<uint32_t>(rows.batch * p.query_heads + rows.head);
@@ -301,8 +305,8 @@ void record_hidden(const Real* s, int64_t keys, uint8_t* hidden) {
   for (int64_t i = 0; i < keys * kRows<Real>; ++i) hidden[i] = s[i] == -kInfinity<Real>;
 }
 
-// c[n][row] += sum over visible keys of values[key][n] * p[key][row]. A hidden pair's weight is 0, but
-// 0 * NaN is NaN: this is for tiles where a hidden value is not finite.
+// c[n][row] += sum over visible keys of values[key][n] * p[key][row]. A hidden pair's weight is 0,
+// but 0 * NaN is NaN: this is for tiles where a hidden value is not finite.
 template <typename Real>
 void accumulate_visible_by_row(const uint8_t* hidden, int64_t keys, const RowBlock& rows,
                                const Real* p, const Real* values, int64_t stride, int64_t width,
@@ -316,8 +320,8 @@ void accumulate_visible_by_row(const uint8_t* hidden, int64_t keys, const RowBlo
   }
 }
 
-// The same for c[key][n] += p[key][row] * values[row][n], and, if kOverKeys, c[row][n] += p[key][row] *
-// values[key][n].
+// The same for c[key][n] += p[key][row] * values[row][n], and, if kOverKeys, c[row][n] +=
+// p[key][row] * values[key][n].
 template <bool kOverKeys, typename Real>
 void accumulate_visible(const uint8_t* hidden, int64_t keys, const RowBlock& rows, const Real* p,
                         const Real* values, int64_t stride, int64_t width, Real* c, int64_t ldc) {
@@ -332,7 +336,8 @@ void accumulate_visible(const uint8_t* hidden, int64_t keys, const RowBlock& row
   }
 }
 
-// Hands out pieces of one block of memory. Over null it only counts, so that the same code sizes it.
+// Hands out pieces of one block of memory. Over null it only counts, so that the same code sizes
+// it.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -349,7 +354,8 @@ class Arena {
   size_t used_ = 0;
 };
 
-// A workspace for each thread, allocated before the parallel region so that a failure can be thrown.
+// A workspace for each thread, allocated before the parallel region so that a failure can be
+// thrown.
 template <typename Workspace>
 class PerThread {
  public:

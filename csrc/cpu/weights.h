@@ -1,8 +1,8 @@
 // The attention weights themselves, from the LSE, in one pass: P = dropout(exp(S - lse)).
 //
-// For the mean over heads, one work item is a block of query rows of all heads: it sums the heads' tiles
-// before it writes them, so (B, Hq, Lq, Lk) never exists. Else an item is a block of one head.
-// Tested against backends/reference.py in tests/contract.
+// For the mean over heads, one work item is a block of query rows of all heads: it sums the heads'
+// tiles before it writes them, so (B, Hq, Lq, Lk) never exists. Else an item is a block of one
+// head. Tested against backends/reference.py in tests/contract.
 
 template <typename Real>
 struct WeightsWorkspace {
@@ -23,7 +23,8 @@ struct WeightsWorkspace {
 template <typename Real>
 void load_lse(const View& lse, const RowBlock& rows, Real* to) {
   for (int64_t i = 0; i < kRows<Real>; ++i) {
-    const Real x = i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i) : Real(0);
+    const Real x =
+        i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i) : Real(0);
     to[i] = x == -kInfinity<Real> ? kInfinity<Real> : x * static_cast<Real>(kLog2E);
   }
 }
@@ -62,7 +63,8 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
   RowBlock rows{};
   for (int64_t h = 0; h < heads; ++h) {
     rows = RowBlock::make<Real>(p, batch, first_head + h, block);
-    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed, w.row);
+    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed,
+                       w.row);
     load_lse(to.lse, rows, w.lse + h * kRows<Real>);
   }
   const Real share = Real(1) / static_cast<Real>(heads);

@@ -184,13 +184,17 @@ def guarded(values: torch.Tensor) -> tuple[torch.Tensor, object]:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
-    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=pages * page - size)
+    flat = torch.frombuffer(
+        memory, dtype=values.dtype, count=values.numel(), offset=pages * page - size
+    )
     return flat.copy_(values.flatten()).view(values.shape), (memory, libc)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 17, 40, 64])
-@pytest.mark.parametrize("capability", [name for name, there in cpu.capabilities().items() if there])
+@pytest.mark.parametrize(
+    "capability", [name for name, there in cpu.capabilities().items() if there]
+)
 def test_nothing_is_read_past_the_end(
     capability: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

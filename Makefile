@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv, and reuses what is there.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test exhaustive sanitize bench lint format stubs wheel clean
+
+demo: .venv/built  ## train a small language model with stock attention and with ours, side by side
+	$(BIN)/python -m examples.demo
+
+test: .venv/built  ## the test suite
+	$(BIN)/python -m pytest
+
+exhaustive: .venv/built  ## the full sweep of the contract suite
+	$(BIN)/python -m pytest -m exhaustive
+
+sanitize: .venv/built  ## the contract suite under AddressSanitizer and UndefinedBehaviorSanitizer
+	bash tests/sanitize.sh
+
+bench: .venv/built  ## the figures that README quotes
+	$(BIN)/python -m bench.report
+
+lint: .venv/built  ## formatting, style, types, stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+	$(BIN)/python tests/stubs.py --check
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+stubs: .venv/built  ## regenerate the native module's type stubs
+	$(BIN)/python tests/stubs.py
+
+wheel:  ## build a wheel; needs no torch
+	$(PYTHON) -m pip wheel --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info attn_ext/*.so
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/built: .venv/installed $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
