@@ -1,0 +1,55 @@
+"""The repository keeps its promises: every path and name that its documents mention exists."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+import attn_ext
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/multihead_attention.md", "examples/README.md"]  # fmt: skip
+PATH = re.compile(
+    r"(?<![\w./-])((?:csrc|attn_ext|tests|bench|docs|examples|\.ci)/[\w./-]*[\w]|[\w-]+\.(?:md|toml|py|txt)|\.ci/run)(?![\w*<])"
+)
+MADE_LATER = {"demo/loss_curves.png"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    folders = [ROOT, ROOT / "attn_ext", ROOT / document.rpartition("/")[0]]
+    for path in set(PATH.findall(text)) - MADE_LATER:
+        assert any((folder / path).exists() for folder in folders), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"\bmake ([a-z]+)\b(?= *[`#\n;.,:])", (ROOT / document).read_text()):
+        assert target in targets, target
+
+
+def test_every_public_name_is_in_readme_and_documented() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in attn_ext.__all__:
+        assert name.startswith("__") or name in readme, name
+        value = getattr(attn_ext, name)
+        assert not callable(value) or value.__doc__, name
+
+
+def test_every_header_is_a_dependency_of_the_build() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    for path in (ROOT / "csrc").rglob("*.[hc]*"):
+        assert str(path.relative_to(ROOT)) in setup, path
+
+
+def test_nothing_unfinished_is_tracked() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.split():
+        path = ROOT / name
+        if path.suffix in {".py", ".h", ".cpp"} and path != pathlib.Path(__file__):
+            assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), name
