@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from attn_ext.multihead import MultiheadAttention
+from attn_ext.multihead import MultiheadAttention, hand_back, has_stock_forward
 
 
 def replace_multihead_attention(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
@@ -12,8 +12,8 @@ def replace_multihead_attention(model: nn.Module) -> dict[str, nn.MultiheadAtten
 
     The new modules share parameters, buffers, hooks and out_proj with the old ones, so optimizers
     and references to parameters stay valid. A module that stands in several places is replaced by
-    one and the same. Subclasses of torch.nn.MultiheadAttention are left alone: they have a forward
-    of their own.
+    one and the same. Subclasses of torch.nn.MultiheadAttention, and modules that were compiled with
+    `module.compile()` or given another forward, are left alone: they have a forward of their own.
 
     Args:
         model: any module that contains some.
@@ -31,10 +31,13 @@ def replace_multihead_attention(model: nn.Module) -> dict[str, nn.MultiheadAtten
             "model must contain the torch.nn.MultiheadAttention to replace, got one itself; "
             "MultiheadAttention.from_module(model) gives the new module"
         )
+    # Each parent once, so that a cycle of modules ends; each of its children, so that a module in
+    # two places is found in both.
     replaced = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.MultiheadAttention
+        f"{parent_name}.{name}" if parent_name else name: module
+        for parent_name, parent in model.named_modules()
+        for name, module in parent._modules.items()
+        if isinstance(module, nn.MultiheadAttention) and has_stock_forward(module)
     }
     new = {id(module): MultiheadAttention.from_module(module) for module in replaced.values()}
     for name, module in replaced.items():
@@ -45,7 +48,9 @@ def replace_multihead_attention(model: nn.Module) -> dict[str, nn.MultiheadAtten
 def restore_multihead_attention(
     model: nn.Module, replaced: dict[str, nn.MultiheadAttention]
 ) -> None:
-    """Undo `replace_multihead_attention`: put the old modules back, in the new ones' training mode.
+    """Undo `replace_multihead_attention`: put the old modules back, in the new ones' state.
+
+    Parameters assigned, hooks registered and settings changed since then go with them.
 
     Args:
         model: the model that it was called on.
@@ -54,10 +59,18 @@ def restore_multihead_attention(
     Raises:
         TypeError: model is not a module.
         AttributeError: model has no module of such a name.
+        ValueError: the module of that name is not a MultiheadAttention of this package.
     """
     _check(model)
+    present = {name: model.get_submodule(name) for name in replaced}
+    for name, module in present.items():
+        if not isinstance(module, MultiheadAttention):
+            raise ValueError(
+                f"model must hold an attn_ext.MultiheadAttention at {name!r}, "
+                f"got {type(module).__name__}"
+            )
     for name, module in replaced.items():
-        module.train(model.get_submodule(name).training)
+        hand_back(present[name], module)  # type: ignore[arg-type]
         _set(model, name, module)
 
 

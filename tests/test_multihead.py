@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 from typing import Any
@@ -180,6 +181,16 @@ def test_dtypes(dtype: torch.dtype, need_weights: bool) -> None:
         assert_like_stock(stock, ours, tensors, need_weights=need_weights)
 
 
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_float32_masks_beside_float64(name: str) -> None:
+    stock, ours = pair(dtype=torch.float64)
+    tensors = inputs(stock, "cross", torch.float64)
+    options = {name: torch.randn((L, S) if name == "attn_mask" else (N, S)), "need_weights": False}
+    torch.testing.assert_close(
+        results(ours, tensors, **options), results(stock, tensors, **options)
+    )
+
+
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "heads"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -304,6 +315,13 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(old(x, x, x)[0], expected)
 
 
+def test_constructor_signature() -> None:
+    def listed(module: Any) -> list[tuple[str, Any]]:
+        return [(p.name, p.default) for p in inspect.signature(module).parameters.values()]
+
+    assert listed(MultiheadAttention) == listed(nn.MultiheadAttention)
+
+
 def test_device_and_dtype_arguments() -> None:
     module = MultiheadAttention(E, H, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
@@ -362,6 +380,10 @@ ERRORS: dict[str, tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = {
     "wrong key width": ({}, [x(L, N, E), x(S, N, 8), x(S, N, 8)], {}),
     "value shape": ({}, [x(L, N, E), x(S, N, E), x(6, N, E)], {}),
     "value length, separate": ({"kdim": 6}, [x(L, N, E), x(S, N, 6), x(6, N, E)], {}),
+    "key batch alone": ({}, [x(L, N, E), x(S, 2, E), x(S, N, E)], {}),
+    "float64 mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(L, S).double()}),
+    "float64 padding": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(N, S).double()}),
+    "half mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(L, S).half(), "need_weights": False}),
     "key batch": ({}, [x(L, N, E), x(S, 2, E), x(S, 2, E)], {}),
     "2-D mask shape": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(L, 6)}),
     "3-D mask shape": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": x(N, L, S)}),
@@ -439,6 +461,9 @@ FUNCTIONAL_ERRORS: dict[str, dict[str, Any]] = {
     "embed_dim": {"embed_dim_to_check": 24},
     "static batch": {"static_k": torch.randn(N, S, E // H)},
     "static width": {"static_v": torch.randn(N * H, S, E)},
+    "static length": {"static_k": torch.randn(N * H, 9, E // H)},
+    "static dtype": {"static_v": torch.randn(N * H, S, E // H).double()},
+    "bias_k dtype": {"bias_k": torch.randn(1, 1, E).double(), "bias_v": torch.randn(1, 1, E).double()},
     "static with bias": {"bias_k": torch.randn(1, 1, E), "bias_v": torch.randn(1, 1, E), "static_k": torch.randn(N * H, S, E // H)},
 }  # fmt: skip
 

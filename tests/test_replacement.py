@@ -90,6 +90,49 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="from_module"):
         attn_ext.replace_multihead_attention(nn.MultiheadAttention(12, 4))
     with pytest.raises(
-        TypeError, match=r"module must be a torch\.nn\.MultiheadAttention, got Linear"
+        TypeError,
+        match=r"module must be a torch\.nn\.MultiheadAttention and no subclass, got Linear",
     ):
         MultiheadAttention.from_module(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_from_module_takes_no_subclass() -> None:
+    class Own(nn.MultiheadAttention):
+        pass
+
+    with pytest.raises(TypeError, match="and no subclass, got Own"):
+        MultiheadAttention.from_module(Own(12, 4))
+
+
+def test_what_changed_since_goes_back() -> None:
+    holder = nn.Sequential(nn.MultiheadAttention(12, 4))
+    replaced = attn_ext.replace_multihead_attention(holder)
+    state = {name: tensor + 1 for name, tensor in holder.state_dict().items()}
+    holder.load_state_dict(state, assign=True)
+    holder[0].register_forward_pre_hook(lambda *_: None)
+    assigned = holder[0].in_proj_weight
+    attn_ext.restore_multihead_attention(holder, replaced)
+    assert holder[0].in_proj_weight is assigned
+    assert len(holder[0]._forward_pre_hooks) == 1
+
+
+def test_modules_with_another_forward_are_left_alone() -> None:
+    patched, compiled = nn.MultiheadAttention(12, 4), nn.MultiheadAttention(12, 4)
+    patched.forward = lambda *_: None  # type: ignore[method-assign]
+    compiled.compile(backend="eager")
+    assert attn_ext.replace_multihead_attention(nn.Sequential(patched, compiled)) == {}
+    for module in (patched, compiled):
+        with pytest.raises(ValueError, match="got one with another"):
+            MultiheadAttention.from_module(module)
+
+
+def test_modules_that_know_their_parent() -> None:
+    holder = nn.Sequential(nn.MultiheadAttention(12, 4), nn.Linear(2, 2))
+    holder[1].parent = holder
+    assert list(attn_ext.replace_multihead_attention(holder)) == ["0"]
+
+
+def test_restoring_what_was_not_replaced() -> None:
+    holder = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'0', got Linear"):
+        attn_ext.restore_multihead_attention(holder, {"0": nn.MultiheadAttention(12, 4)})

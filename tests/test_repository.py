@@ -48,7 +48,9 @@ def test_every_header_is_a_dependency_of_the_build() -> None:
 
 
 def test_nothing_unfinished_is_tracked() -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in files.stdout.split():
         path = ROOT / name
         if path.suffix in {".py", ".h", ".cpp"} and path != pathlib.Path(__file__):

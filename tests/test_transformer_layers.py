@@ -83,6 +83,16 @@ def test_encoder_with_padding(training: bool, left_aligned: bool, calls: list[in
     assert len(calls) == 2
 
 
+def test_hooks_run_once_on_nested_tensors() -> None:
+    layer = nn.TransformerEncoderLayer(E, H, 24, 0.0, batch_first=True)
+    ours = swapped(nn.TransformerEncoder(layer, 1)).eval()
+    seen = []
+    ours.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        ours(torch.randn(N, S, E), src_key_padding_mask=padding())
+    assert seen == [1]
+
+
 def test_additive_masks_stay_additive_in_eval() -> None:
     """The original turns a floating mask into a boolean one there."""
     layer = nn.TransformerEncoderLayer(E, H, 24, 0.0, batch_first=True)
