@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attn_ext
-from attn_ext import ops
+from attn_ext.operators import split_arguments
 from attn_ext.problem import Problem
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def test_opcheck(operator: str, name: str) -> None:
     }[operator]
     if "weights" in operator:
         problem = problem.replace(sinks=None)
-    arguments, options_ = ops._split_arguments(problem, None)
+    arguments, options_ = split_arguments(problem, None)
     overload = getattr(torch.ops.attn_ext, operator).default
     torch.library.opcheck(overload, (*arguments, *between, *options_))
 
