@@ -89,6 +89,9 @@ class Attend:
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
         batched = F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
@@ -304,7 +307,7 @@ def _is_causal_mask(mask: Tensor) -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or type(mask) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
-        or mask.is_meta
+        or mask.device.type != "cpu"  # looking would wait for the device
         or mask.requires_grad
         or mask.shape[:2] != (1, 1)
         or mask.numel() > _LARGEST_COMPARED_MASK

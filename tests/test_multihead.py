@@ -395,6 +395,7 @@ ERRORS: dict[str, tuple[dict[str, Any], list[Tensor], dict[str, Any]]] = {
     "padding batch": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"key_padding_mask": x(2, S).bool()}),
     "unbatched padding": ({}, [x(L, E), x(S, E), x(S, E)], {"key_padding_mask": x(N, S).bool()}),
     "unbatched mask": ({}, [x(L, E), x(S, E), x(S, E)], {"attn_mask": x(N, L, S)}),
+    "mask not a tensor": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"attn_mask": [[True] * S] * L}),
     "causal without mask": ({}, [x(L, N, E), x(S, N, E), x(S, N, E)], {"is_causal": True}),
     "float64 input": ({}, [x(L, N, E).double(), x(S, N, E).double(), x(S, N, E).double()], {}),
 }  # fmt: skip
