@@ -6,6 +6,7 @@ Every row is a ratio measured side by side: alternating rounds, medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import pathlib
 import time
@@ -24,8 +25,16 @@ from bench.measure import Comparison, compare, machine, peak_mebibytes
 RESULTS = pathlib.Path(__file__).parent / "results" / "cpu.json"
 Row = tuple[str, Callable[[], object], Callable[[], object]]
 
-SHAPES = ((1, 8, 4096, 64), (1, 8, 2048, 128), (2, 8, 1024, 64), (2, 8, 128, 64), (32, 8, 32, 64))
+SHAPES = (
+    (1, 8, 4096, 64),
+    (1, 8, 2048, 128),
+    (2, 8, 1024, 64),
+    (2, 8, 128, 64),
+    (32, 8, 32, 64),
+    (1, 1, 4, 64),
+)
 MODULES = ((8, 512, 512, 8), (2, 2048, 768, 12))
+LAYERS = ((8, 512, 512, 8), (32, 128, 256, 4), (1, 16, 256, 4))
 MEMORY_LENGTH = 16384
 
 
@@ -86,6 +95,25 @@ def module_rows() -> Iterator[Row]:
             )
 
 
+def layer_rows() -> Iterator[Row]:
+    """nn.TransformerEncoderLayer in eval, swapped against stock, which runs a native operator."""
+    for batch, length, width, heads in LAYERS:
+        stock = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True).eval()
+        swapped = copy.deepcopy(stock)
+        attn_ext.replace_multihead_attention(swapped)
+        x = torch.randn(batch, length, width)
+
+        def forward(layer: nn.Module, x: Tensor = x) -> None:
+            with torch.inference_mode():
+                layer(x)
+
+        yield (
+            f"encoder layer ({batch}, {length}, {width}, {heads}) float32, eval",
+            lambda f=forward, m=swapped: f(m),
+            lambda f=forward, m=stock: f(m),
+        )
+
+
 def memory_row(length: int) -> dict[str, float | str]:
     """Peak memory of forward and backward of one head, beside its inputs and outputs."""
     code = f"""
@@ -118,7 +146,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="where to write")
     arguments = parser.parse_args()
     console = Console()
-    work = [*attention_rows(), *module_rows()]
+    work = [*attention_rows(), *module_rows(), *layer_rows()]
     results = []
     with Progress(console=console, transient=True) as progress:
         for name, ours, theirs in progress.track(work, description="measuring"):
