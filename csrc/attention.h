@@ -1,9 +1,8 @@
 // The problem that every native kernel takes: pointers with their strides, sizes and settings.
 //
 // No torch here: Python allocates, checks every argument and passes addresses. All strides count
-// elements; a stride of 0 broadcasts. Sizes are B, Hq, Hkv, Lq, Lk, D, Dv as in shared design
-// terms: batch, query heads, key/value heads, query and key length, head_dim of query/key and of
-// value.
+// elements; a stride of 0 broadcasts. Sizes are B, Hq, Hkv, Lq, Lk, D, Dv: batch, query heads,
+// key/value heads, query and key length, head_dim of query/key and of value.
 #pragma once
 
 #include <cstdint>
