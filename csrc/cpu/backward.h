@@ -8,7 +8,7 @@
 // that nothing is atomic and the result does not depend on timing. Threads take whole (batch, key
 // head) pairs where these are many, else they share a pair: thread t takes query blocks t, t + n,
 // ... (which balances causal work) into sums of its own, added up in order. Tested against
-// backends/reference.py and by gradcheck in tests/contract.
+// backends/reference.py and by gradcheck in tests/test_contract.py.
 
 template <typename Real>
 struct BackwardWorkspace {

@@ -8,7 +8,7 @@
 //     O^T += V^T P
 // Tiles outside causality and the window are never visited; those that a mask forbids whole are
 // skipped. A sink starts the softmax: m = sink, l = 1. Tested against backends/reference.py in
-// tests/contract.
+// tests/test_contract.py.
 
 template <typename Real>
 struct ForwardWorkspace {

@@ -2,7 +2,7 @@
 //
 // For the mean over heads, one work item is a block of query rows of all heads: it sums the heads'
 // tiles before it writes them, so (B, Hq, Lq, Lk) never exists. Else an item is a block of one
-// head. Tested against backends/reference.py in tests/contract.
+// head. Tested against backends/reference.py in tests/test_contract.py.
 
 template <typename Real>
 struct WeightsWorkspace {
