@@ -16,6 +16,7 @@ HEADERS = [
     "csrc/cpu/instruction_set.h",
     "csrc/cpu/kernels.h",
     "csrc/cpu/matmul.h",
+    "csrc/cpu/scores.h",
     "csrc/cpu/simd.h",
     "csrc/cpu/tile.h",
     "csrc/cpu/weights.h",
@@ -41,6 +42,7 @@ setup(
             [
                 "csrc/bindings_cpu.cpp",
                 "csrc/cpu/avx512.cpp",
+                "csrc/cpu/avx512_bf16.cpp",
                 "csrc/cpu/avx2.cpp",
                 "csrc/cpu/portable.cpp",
             ],

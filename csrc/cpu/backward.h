@@ -10,70 +10,74 @@
 // ... (which balances causal work) into sums of its own, added up in order. Tested against
 // backends/reference.py and by gradcheck in tests/test_contract.py.
 
-template <typename Real>
+template <typename Real, typename Element>
 struct BackwardWorkspace {
-  Real *queries, *queries_by_row, *douts, *douts_by_row, *dqueries, *scores, *dscores, *slope,
-      *keep;
-  Real *keys, *values, *lse, *row_term, *row, *dkeys, *dvalues;
+  Element *queries, *queries_by_row, *douts, *douts_by_row, *keys, *values, *key_columns;
+  Real *scores, *dscores, *slope, *keep, *lse, *row_term, *dqueries, *dkeys, *dvalues;
+  // scores and dscores as operands: summed over rows (both), and over keys.
+  Element *weights, *gradients, *gradients_by_key;
   uint8_t* hidden;
 
   BackwardWorkspace(Arena& arena, const Problem& p) {
     const int64_t tile = kKeys * kRows<Real>;
     const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
-    queries = arena.take<Real>(p.head_dim * kRows<Real>);
-    queries_by_row = arena.take<Real>(kRows<Real> * width);
-    douts = arena.take<Real>(p.value_dim * kRows<Real>);
-    douts_by_row = arena.take<Real>(kRows<Real> * value_width);
-    dqueries = arena.take<Real>(kRows<Real> * width);
+    queries = arena.take<Element>(p.head_dim * kRows<Real>);
+    queries_by_row = arena.take<Element>(kRows<Real> * width);
+    douts = arena.take<Element>(p.value_dim * kRows<Real>);
+    douts_by_row = arena.take<Element>(kRows<Real> * value_width);
+    keys = arena.take<Element>(kKeys * width);
+    values = arena.take<Element>(kKeys * value_width);
     scores = arena.take<Real>(tile);
     dscores = arena.take<Real>(tile);
     slope = arena.take<Real>(p.softcap != 0 ? tile : 0);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
-    keys = arena.take<Real>(kKeys * width);
-    values = arena.take<Real>(kKeys * value_width);
     lse = arena.take<Real>(kRows<Real>);
     row_term = arena.take<Real>(kRows<Real>);
-    row = arena.take<Real>(std::max(width, value_width));
+    dqueries = arena.take<Real>(p.head_dim * kRows<Real>);
     hidden = arena.take<uint8_t>(tile);
+    if constexpr (kDepth<Element> == 1) {
+      weights = scores, gradients = gradients_by_key = dscores, key_columns = nullptr;
+    } else {
+      weights = arena.take<Element>(tile / kDepth<Element>);
+      gradients = arena.take<Element>(tile / kDepth<Element>);
+      gradients_by_key = arena.take<Element>(tile / kDepth<Element>);
+      key_columns = arena.take<Element>(p.head_dim * (kKeys / kDepth<Element>));
+    }
     dkeys = arena.take<Real>(p.key_length * width);
     dvalues = arena.take<Real>(p.key_length * value_width);
   }
 };
 
 // What a query block brings along: its rows in both layouts, LSE and row term.
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 struct BackwardBlock {
   RowBlock rows;
-  const Real *queries_by_row, *douts_by_row;
+  const Element *queries_by_row, *douts_by_row;
   int64_t query_stride, dout_stride;
   bool finite;
 
   BackwardBlock(const Problem& p, const BackwardArguments& to, const RowBlock& block,
-                const BackwardWorkspace<Real>& w)
+                const BackwardWorkspace<Real, Element>& w)
       : rows(block) {
-    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries, w.row);
-    queries_by_row =
-        as_block<T>(at<const T>(p.query, rows.batch, rows.head, rows.first), p.query.stride[2],
-                    rows.count, p.head_dim, true, w.queries_by_row, &query_stride);
-    finite = all_finite(queries_by_row, query_stride, rows.count, p.head_dim);
+    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
+    queries_by_row = as_summed_rows<T>(p.query, rows, p.head_dim, w.queries_by_row, &query_stride);
+    finite = all_finite<Real>(at<const T>(p.query, rows.batch, rows.head, rows.first),
+                              p.query.stride[2], rows.count, p.head_dim);
     load_lse(to.lse, rows, w.lse);
     std::fill(w.row_term, w.row_term + kRows<Real>, Real(0));
-    std::fill(w.dqueries, w.dqueries + kRows<Real> * padded<Real>(p.head_dim), Real(0));
+    std::fill(w.dqueries, w.dqueries + p.head_dim * kRows<Real>, Real(0));
     if (to.dweights) return;
 
-    pack_transposed<T>(to.dout, rows, p.value_dim, Real(1), w.douts, w.row);
-    douts_by_row =
-        as_block<T>(at<const T>(to.dout, rows.batch, rows.head, rows.first), to.dout.stride[2],
-                    rows.count, p.value_dim, true, w.douts_by_row, &dout_stride);
-    finite = finite && all_finite(douts_by_row, dout_stride, rows.count, p.value_dim);
+    pack_transposed<T>(to.dout, rows, p.value_dim, Real(1), w.douts);
+    douts_by_row = as_summed_rows<T>(to.dout, rows, p.value_dim, w.douts_by_row, &dout_stride);
+    finite = finite && all_finite<Real>(at<const T>(to.dout, rows.batch, rows.head, rows.first),
+                                        to.dout.stride[2], rows.count, p.value_dim);
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = rows.first + i;
-      convert_row(at<const T>(to.out, rows.batch, rows.head, row), w.row, p.value_dim);
-      double delta =
-          0;  // subtracted from every dP, which it nearly cancels where few keys are visible
-      for (int64_t d = 0; d < p.value_dim; ++d) {
-        delta += static_cast<double>(w.row[d]) * douts_by_row[i * dout_stride + d];
-      }
+      // In double: it is subtracted from every dP, which it nearly cancels where few keys are
+      // visible.
+      double delta = dot_in_double(at<const T>(to.out, rows.batch, rows.head, row),
+                                   at<const T>(to.dout, rows.batch, rows.head, row), p.value_dim);
       if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
       w.row_term[i] = static_cast<Real>(delta);
       *at<Real>(to.row_term, rows.batch, rows.head, row) = static_cast<Real>(delta);
@@ -97,14 +101,14 @@ void load_dweights(const BackwardArguments& to, const RowBlock& rows, int64_t ke
 
 // Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if
 // given.
-template <typename Real>
+template <typename Real, typename Element>
 void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys,
-                     const BackwardWorkspace<Real>& w, Real* row_sum) {
+                     Real factor, const BackwardWorkspace<Real, Element>& w, Real* row_sum) {
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
       const Vec<Real> s = load(w.scores + index);
-      const Vec<Real> weight = weight_of<Real>(s, load(w.lse + lane));
+      const Vec<Real> weight = weight_of<Real>(s, factor, load(w.lse + lane));
       Vec<Real> gradient = load(w.dscores + index), dropped = weight;
       if (p.dropout_p > 0) {
         const Vec<Real> keep = load(w.keep + index);
@@ -130,79 +134,135 @@ void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int
   }
 }
 
-template <typename T, typename Real>
+// Scores and their gradients as bfloat16 operands, see BackwardWorkspace; keys up to the next even
+// number, so that a last pair's second weight is 0.
+template <typename Real, typename Element>
+void pack_gradients(const RowBlock& rows, int64_t keys, const BackwardWorkspace<Real, Element>& w) {
+  if constexpr (kDepth<Element> == 2) {
+    constexpr int64_t kStride = kRows<Real>, kW = kLanes<Real>;
+    for (int64_t j = 0; j < keys; j += 2) {
+      for (int64_t lane = 0; lane < rows.vectors * kW; lane += kW) {
+        const int64_t index = j * kStride + lane;
+        const bool odd = j + 1 < keys;
+        const auto second = [&](const Real* from) {
+          return odd ? load(from + index + kStride) : Vec<Real>{};
+        };
+        const Words weights = round_both(load(w.scores + index), second(w.scores));
+        const Words gradients = round_both(load(w.dscores + index), second(w.dscores));
+        store_halves(w.weights + index / 2, w.weights + (index + kStride) / 2, weights);
+        store_halves(w.gradients + index / 2, w.gradients + (index + kStride) / 2, gradients);
+        store_packed(w.gradients_by_key + j / 2 * kStride + lane, as_pairs(gradients));
+      }
+    }
+  }
+}
+
+// The three products of a tile, for each visible pair by itself: a hidden pair's weight is 0, but
+// 0 * NaN is NaN. For tiles where a hidden query, key or output gradient is not finite.
+template <typename T, typename Real, typename Element>
+void accumulate_carefully(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+                          int64_t key, int64_t keys, const BackwardWorkspace<Real, Element>& w) {
+  const auto add = [](Real weight, const T* from, int64_t width, Real* sum, int64_t step) {
+    for (int64_t d = 0; d < width; ++d) {
+      sum[d * step] += weight * static_cast<Real>(to_float(from[d]));
+    }
+  };
+  for (int64_t j = 0; j < keys; ++j) {
+    const T* k = at<const T>(p.key, rows.batch, rows.key_head, key + j);
+    Real* dkey = w.dkeys + (key + j) * padded<Real>(p.head_dim);
+    Real* dvalue = w.dvalues + (key + j) * padded<Real>(p.value_dim);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t index = j * kRows<Real> + i, row = rows.first + i;
+      if (w.hidden[index]) continue;
+      if (!to.dweights) {
+        add(w.scores[index], at<const T>(to.dout, rows.batch, rows.head, row), p.value_dim, dvalue,
+            1);
+      }
+      add(w.dscores[index], at<const T>(p.query, rows.batch, rows.head, row), p.head_dim, dkey, 1);
+      add(w.dscores[index], k, p.head_dim, w.dqueries + i, kRows<Real>);
+    }
+  }
+}
+
+template <typename T, typename Real, typename Element>
 void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardBlock<T, Real>& block, TileKind kind, int64_t key, int64_t keys,
-                   const BackwardWorkspace<Real>& w) {
+                   const BackwardBlock<T, Real, Element>& block, TileKind kind, int64_t key,
+                   int64_t keys, const PackedColumns<T, Element>& packed,
+                   const BackwardWorkspace<Real, Element>& w) {
+  constexpr int64_t kStep = kDepth<Element>, kStride = kRows<Real>;
   const RowBlock& rows = block.rows;
-  const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
+  const T* from = at<const T>(p.key, rows.batch, rows.key_head, key);
   int64_t k_stride, v_stride;
-  const Real* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2],
-                              keys, p.head_dim, true, w.keys, &k_stride);
-  compute_scores<Real>(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope);
-  const bool careful =
-      kind == TileKind::kEdge && !(block.finite && all_finite(k, k_stride, keys, p.head_dim));
+  const Element* k =
+      as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
+  const Real factor =
+      compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope);
+  const bool careful = kind == TileKind::kEdge &&
+                       !(block.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   if (careful) record_hidden(w.scores, keys, w.hidden);
 
   if (to.dweights) {
     load_dweights<T>(to, rows, key, keys, w.dscores);
   } else {
-    const Real* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
-                                p.value.stride[2], keys, p.value_dim, false, w.values, &v_stride);
-    multiply<false>(keys, rows.vectors, p.value_dim, v, v_stride, w.douts, kRows<Real>, w.dscores,
-                    kRows<Real>, false);
+    const Element* v =
+        as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key), p.value.stride[2], keys,
+                    p.value_dim, false, w.values, &v_stride);
+    multiply<false>(keys, rows.vectors, (p.value_dim + kStep - 1) / kStep, v, v_stride, w.douts,
+                    kStride, Into<Real>{w.dscores, kStride});
   }
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
-  score_gradients(p, rows, keys, w, to.dweights ? w.row_term : nullptr);
+  score_gradients(p, rows, keys, factor, w, to.dweights ? w.row_term : nullptr);
   if (to.dmask) {
     const bool wide = to.dmask.dtype == DType::kFloat64;
     (wide ? add_mask_gradient<double, Real> : add_mask_gradient<float, Real>)(to.dmask, rows, key,
                                                                               keys, w.dscores);
   }
+  if (p.softcap != 0) {
+    for (int64_t i = 0; i < keys * kStride; ++i) w.dscores[i] *= w.slope[i];
+  }
+  if (careful) return accumulate_carefully<T>(p, to, rows, key, keys, w);
 
-  const Real scale = static_cast<Real>(p.scale);
-  for (int64_t i = 0; i < keys * kRows<Real>; ++i) {
-    w.dscores[i] *= p.softcap != 0 ? scale * w.slope[i] : scale;
-  }
-  Real* dkeys = w.dkeys + key * width;
-  Real* dvalues = w.dvalues + key * value_width;
-  const int64_t vectors = width / kLanes<Real>, value_vectors = value_width / kLanes<Real>;
-  if (careful) {
-    if (!to.dweights) {
-      accumulate_visible<false>(w.hidden, keys, rows, w.scores, block.douts_by_row,
-                                block.dout_stride, p.value_dim, dvalues, value_width);
-    }
-    accumulate_visible<false>(w.hidden, keys, rows, w.dscores, block.queries_by_row,
-                              block.query_stride, p.head_dim, dkeys, width);
-    accumulate_visible<true>(w.hidden, keys, rows, w.dscores, k, k_stride, p.head_dim, w.dqueries,
-                             width);
-    return;
-  }
+  pack_gradients(rows, keys, w);
+  const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
+  const int64_t row_elements = (rows.count + kStep - 1) / kStep;
   if (!to.dweights) {
-    multiply<false>(keys, value_vectors, rows.count, w.scores, kRows<Real>, block.douts_by_row,
-                    block.dout_stride, dvalues, value_width, true);
+    multiply<false>(keys, value_width / kLanes<Real>, row_elements, w.weights, kStride / kStep,
+                    block.douts_by_row, block.dout_stride,
+                    Into<Real>{w.dvalues + key * value_width, value_width, true});
   }
-  multiply<false>(keys, vectors, rows.count, w.dscores, kRows<Real>, block.queries_by_row,
-                  block.query_stride, dkeys, width, true);
-  multiply<true>(rows.count, vectors, keys, w.dscores, kRows<Real>, k, k_stride, w.dqueries, width,
-                 true);
+  multiply<false>(keys, width / kLanes<Real>, row_elements, w.gradients, kStride / kStep,
+                  block.queries_by_row, block.query_stride,
+                  Into<Real>{w.dkeys + key * width, width, true});
+  const Into<Real> dqueries{w.dqueries, kStride, true};
+  if constexpr (kStep == 1) {
+    multiply<true>(p.head_dim, rows.vectors, keys, k, k_stride, w.gradients_by_key, kStride,
+                   dqueries);
+  } else {
+    multiply<false>(p.head_dim, rows.vectors, (keys + 1) / 2,
+                    packed.tile(rows, key, keys, w.key_columns), kKeys / 2, w.gradients_by_key,
+                    kStride, dqueries);
+  }
 }
 
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void backward_block(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
-                    const BackwardWorkspace<Real>& w) {
-  const BackwardBlock<T, Real> block(p, to, rows, w);
+                    const PackedColumns<T, Element>& packed,
+                    const BackwardWorkspace<Real, Element>& w) {
+  const BackwardBlock<T, Real, Element> block(p, to, rows, w);
   const KeyRange range(p, rows);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = std::min(kKeys, range.end - key);
     const TileKind kind = classify(p, rows, key, keys);
-    if (kind != TileKind::kSkip) backward_tile<T>(p, to, block, kind, key, keys, w);
+    if (kind != TileKind::kSkip) backward_tile<T>(p, to, block, kind, key, keys, packed, w);
   }
+  T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first);
+  const Real scale = static_cast<Real>(p.scale);
+  for_each_row(w.dqueries, p.head_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+    store_some<Real>(dquery + i * to.dquery.stride[2] + d, x * scale, count);
+  });
+  if (!to.dweights) return;
   for (int64_t i = 0; i < rows.count; ++i) {
-    T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first + i);
-    const Real* from = w.dqueries + i * padded<Real>(p.head_dim);
-    for (int64_t d = 0; d < p.head_dim; ++d) from_float(from[d], dquery + d);
-    if (to.dweights) *at<Real>(to.row_term, rows.batch, rows.head, rows.first + i) = w.row_term[i];
+    *at<Real>(to.row_term, rows.batch, rows.head, rows.first + i) = w.row_term[i];
   }
 }
 
@@ -215,9 +275,10 @@ inline bool mask_is_shared(const Problem& p, const BackwardArguments& to) {
 
 // One thread's part of a pair: of every `step` query blocks of the heads that share a key head,
 // one; or, under a shared mask gradient, one of every `step` row blocks with all of its heads.
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t first,
-                   int64_t step, const BackwardWorkspace<Real>& w) {
+                   int64_t step, const PackedColumns<T, Element>& packed,
+                   const BackwardWorkspace<Real, Element>& w) {
   const int64_t group = p.query_heads / p.key_heads, batch = pair / p.key_heads;
   const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
   const int64_t heads_at_once = mask_is_shared(p, to) ? group : 1;
@@ -226,26 +287,29 @@ void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, 
   for (int64_t item = first; item < group / heads_at_once * blocks; item += step) {
     const int64_t first_head = pair % p.key_heads * group + item / blocks;
     for (int64_t head = first_head; head < first_head + heads_at_once; ++head) {
-      backward_block<T, Real>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), w);
+      backward_block<T>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), packed, w);
     }
   }
 }
 
 // Row `row` of one pair's dkey and dvalue: the sum of the threads' parts, in their order.
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t row,
-                         BackwardWorkspace<Real>* parts, int count) {
+                         BackwardWorkspace<Real, Element>* parts, int count) {
   const int64_t batch = pair / p.key_heads, head = pair % p.key_heads;
-  const auto write = [&](const View& view, int64_t width, Real* BackwardWorkspace<Real>::* member) {
+  const auto write = [&](const View& view, int64_t width, Real scale, auto member) {
     T* out = at<T>(view, batch, head, row);
-    for (int64_t d = 0; d < width; ++d) {
-      Real sum = 0;
-      for (int t = 0; t < count; ++t) sum += (parts[t].*member)[row * padded<Real>(width) + d];
-      from_float(sum, out + d);
+    for (int64_t d = 0; d < width; d += kLanes<Real>) {
+      Vec<Real> sum{};
+      for (int t = 0; t < count; ++t) {
+        sum += load(parts[t].*member + row * padded<Real>(width) + d);
+      }
+      store_some<Real>(out + d, sum * scale, width - d);
     }
   };
-  write(to.dkey, p.head_dim, &BackwardWorkspace<Real>::dkeys);
-  if (!to.dweights) write(to.dvalue, p.value_dim, &BackwardWorkspace<Real>::dvalues);
+  using Workspace = BackwardWorkspace<Real, Element>;
+  write(to.dkey, p.head_dim, static_cast<Real>(p.scale), &Workspace::dkeys);
+  if (!to.dweights) write(to.dvalue, p.value_dim, Real(1), &Workspace::dvalues);
 }
 
 // How many threads may share a pair: as many as have query blocks, within 48 MiB of partial sums,
@@ -261,23 +325,27 @@ int sharing_threads(const Problem& p, const BackwardArguments& to, int threads) 
       std::clamp<int64_t>(std::min(most, blocks * (p.query_heads / p.key_heads)), 1, threads));
 }
 
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void backward(const Problem& p, const BackwardArguments& to, int threads) {
   const int64_t pairs = p.batch * p.key_heads;
   if (pairs == 0) return;
   const bool by_pair = !mask_is_shared(p, to) && (pairs % threads == 0 || pairs >= 4 * threads);
   if (!by_pair) threads = sharing_threads<Real>(p, to, threads);
   threads = std::max(1, threads);
-  const PerThread<BackwardWorkspace<Real>> workspaces(threads, p);
-  std::vector<BackwardWorkspace<Real>> parts;
+  const PerThread<BackwardWorkspace<Real, Element>> workspaces(threads, p);
+  std::vector<BackwardWorkspace<Real, Element>> parts;
   for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
+  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const PackedColumns<T, Element> packed(p, p.key, p.head_dim, blocks);
+#pragma omp parallel num_threads(threads)
+  packed.pack_all();
   if (by_pair) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      BackwardWorkspace<Real>* own = &parts[omp_get_thread_num()];
-      backward_pair<T, Real>(p, to, pair, 0, 1, *own);
+      BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
+      backward_pair(p, to, pair, 0, 1, packed, *own);
       for (int64_t row = 0; row < p.key_length; ++row) {
-        write_key_gradients<T, Real>(p, to, pair, row, own, 1);
+        write_key_gradients<T>(p, to, pair, row, own, 1);
       }
     }
     return;
@@ -287,11 +355,11 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
     // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) {
-      backward_pair<T, Real>(p, to, pair, part, threads, parts[part]);
+      backward_pair(p, to, pair, part, threads, packed, parts[part]);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.key_length; ++row) {
-      write_key_gradients<T, Real>(p, to, pair, row, parts.data(), threads);
+      write_key_gradients<T>(p, to, pair, row, parts.data(), threads);
     }
   }
 }

@@ -3,143 +3,237 @@
 //
 // One work item is a block of query rows of one head; it walks over the keys 64 at a time:
 //     S = K Q^T                       lanes are query rows, K is read where it lies
-//     m' = max(m, max S)              rescale l and O by exp2(m - m') only where the maximum moved
-//     P = exp2(S - m'),  l += sum P
-//     O^T += V^T P
+//     m' = max(m, max S)
+//     P = exp2(S - m'),  l = l exp2(m - m') + sum P
+//     O^T = O^T exp2(m - m') + V^T P  rescaled as it is accumulated
 // Tiles outside causality and the window are never visited; those that a mask forbids whole are
-// skipped. A sink starts the softmax: m = sink, l = 1. Tested against backends/reference.py in
-// tests/test_contract.py.
+// skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
+// item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
+// products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
+// Tested against backends/reference.py in tests/test_contract.py.
 
-template <typename Real>
+template <typename Real, typename Element>
 struct ForwardWorkspace {
-  Real *queries, *scores, *output, *keep, *keys, *values, *row;
+  Element *queries, *keys, *values, *weights;
+  Real *scores, *output, *keep, *max, *sum, *scale;
   uint8_t* hidden;
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
-    const int64_t kept = p.dropout_p > 0 ? kKeys * kRows<Real> : 0;
-    queries = arena.take<Real>(p.head_dim * kRows<Real>);
-    scores = arena.take<Real>(kKeys * kRows<Real>);
+    const int64_t tile = kKeys * kRows<Real>;
+    queries = arena.take<Element>(p.head_dim * kRows<Real>);
+    keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
+    values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
+    scores = arena.take<Real>(tile);
+    weights = kDepth<Element> == 1 ? reinterpret_cast<Element*>(scores)
+                                   : arena.take<Element>(tile / kDepth<Element>);
     output = arena.take<Real>(p.value_dim * kRows<Real>);
-    keep = arena.take<Real>(kept);
-    keys = arena.take<Real>(kKeys * padded<Real>(p.head_dim));
-    values = arena.take<Real>(kKeys * padded<Real>(p.value_dim));
-    row = arena.take<Real>(padded<Real>(std::max(p.head_dim, p.value_dim)));
-    hidden = arena.take<uint8_t>(kKeys * kRows<Real>);
+    keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
+    max = arena.take<Real>(kRows<Real>);
+    sum = arena.take<Real>(kRows<Real>);
+    scale = arena.take<Real>(kRows<Real>);
+    hidden = arena.take<uint8_t>(tile);
   }
 };
 
-// The running maximum and sum of a block's rows.
-template <typename Real>
-struct SoftmaxState {
-  alignas(kVectorBytes) Real max[kRows<Real>];
-  alignas(kVectorBytes) Real sum[kRows<Real>];
-
-  SoftmaxState(Real first_max, Real first_sum) {
-    std::fill(max, max + kRows<Real>, first_max);
-    std::fill(sum, sum + kRows<Real>, first_sum);
-  }
-
-  // Turns scores into weights, and rescales the output where a maximum moved.
-  void update(const RowBlock& rows, int64_t keys, Real* s, Real* output, int64_t width) {
-    constexpr int kW = kLanes<Real>;
-    for (int64_t v = 0; v < rows.vectors; ++v) {
-      Real* column = s + v * kW;
-      const Vec<Real> before = load(max + v * kW);
-      Vec<Real> top = before;
-      for (int64_t j = 0; j < keys; ++j) top = simd_max<Real>(load(column + j * kRows<Real>), top);
-      store<Real>(max + v * kW, top);
-      // A row that has seen nothing yet has -inf here; exp2(-inf - 0) is the 0 that it needs.
-      const Vec<Real> shift = top == -kInfinity<Real> ? Vec<Real>{} : top;
-      Vec<Real> total{};
-      for (int64_t j = 0; j < keys; ++j) {
-        const Vec<Real> weight = exp2<Real>(load(column + j * kRows<Real>) - shift);
-        store<Real>(column + j * kRows<Real>, weight);
-        total += weight;
-      }
-      bool moved = false;
-      const auto changed = before != top;
-      for (int lane = 0; lane < kW; ++lane) moved |= changed[lane] != 0;
-      if (!moved) {
-        store<Real>(sum + v * kW, load(sum + v * kW) + total);
-        continue;
-      }
-      const Vec<Real> scale = exp2<Real>(before - shift);
-      store<Real>(sum + v * kW, load(sum + v * kW) * scale + total);
-      for (int64_t d = 0; d < width; ++d) {
-        Real* o = output + d * kRows<Real> + v * kW;
-        store<Real>(o, load(o) * scale);
-      }
+// Turns scores into weights times `keep`, if given; moves the running maximum and sum, and leaves
+// in w.scale what the output so far is to be multiplied with.
+template <typename Real, typename Element>
+void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& rows, int64_t keys,
+                    Real factor, const Real* keep) {
+  constexpr int64_t kStride = kRows<Real>;
+  for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
+    Real* s = w.scores + lane;
+    Vec<Real> top[4];  // independent chains
+    for (Vec<Real>& x : top) x = broadcast(-kInfinity<Real>);
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4) {
+      for (int i = 0; i < 4; ++i) top[i] = simd_max<Real>(load(s + (j + i) * kStride), top[i]);
     }
-  }
+    for (; j < keys; ++j) top[0] = simd_max<Real>(load(s + j * kStride), top[0]);
+    top[0] = simd_max<Real>(simd_max<Real>(top[0], top[1]), simd_max<Real>(top[2], top[3]));
 
-  Real lse(int64_t i) const {
-    if (std::isinf(max[i])) return max[i];
-    return static_cast<Real>(kLn2) * max[i] + std::log(sum[i]);
-  }
-};
-
-template <typename T, typename Real>
-void forward_block(const Problem& p, const ForwardArguments& to, const RowBlock& rows,
-                   const ForwardWorkspace<Real>& w) {
-  const Real sink = p.sinks ? *at<const Real>(p.sinks, 0, rows.head, 0) : -kInfinity<Real>;
-  SoftmaxState<Real> state(sink * static_cast<Real>(kLog2E), p.sinks ? Real(1) : Real(0));
-  pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries, w.row);
-  std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
-
-  const KeyRange range(p, rows);
-  for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const int64_t keys = std::min(kKeys, range.end - key);
-    const TileKind kind = classify(p, rows, key, keys);
-    if (kind == TileKind::kSkip) continue;
-
-    int64_t k_stride, v_stride;
-    const Real* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2],
-                                keys, p.head_dim, false, w.keys, &k_stride);
-    compute_scores<Real>(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, nullptr);
-
-    const Real* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
-                                p.value.stride[2], keys, p.value_dim, false, w.values, &v_stride);
-    const bool careful = kind == TileKind::kEdge && !all_finite(v, v_stride, keys, p.value_dim);
-    if (careful) record_hidden(w.scores, keys, w.hidden);
-
-    state.update(rows, keys, w.scores, w.output, p.value_dim);
-    if (p.dropout_p > 0) {
-      dropout_factors(p, rows, key, keys, w.keep);
-      for (int64_t i = 0; i < keys * kRows<Real>; ++i) w.scores[i] *= w.keep[i];
-    }
-    if (careful) {
-      accumulate_visible_by_row(w.hidden, keys, rows, w.scores, v, v_stride, p.value_dim, w.output);
+    const Vec<Real> before = load(w.max + lane);
+    const Vec<Real> after = simd_max<Real>(top[0] * factor, before);
+    // A row that has seen nothing yet has -inf here; exp2(-inf - 0) is the 0 that it needs.
+    const Vec<Real> shift = after == -kInfinity<Real> ? Vec<Real>{} : after;
+    const Vec<Real> scale = exp2<Real>(before - shift);
+    Vec<Real> total = load(w.sum + lane) * scale;
+    const auto weight_of_key = [&](int64_t key) {
+      const Vec<Real> weight = exp2<Real>(load(s + key * kStride) * factor - shift);
+      total += weight;
+      return keep ? weight * load(keep + key * kStride + lane) : weight;
+    };
+    if constexpr (kDepth<Element> == 1) {
+      for (j = 0; j < keys; ++j) store<Real>(s + j * kStride, weight_of_key(j));
     } else {
-      multiply<true>(p.value_dim, rows.vectors, keys, v, v_stride, w.scores, kRows<Real>, w.output,
-                     kRows<Real>, true);
+      for (j = 0; j < keys; j += 2) {
+        const Vec<Real> first = weight_of_key(j);
+        const Vec<Real> second = j + 1 < keys ? weight_of_key(j + 1) : Vec<Real>{};
+        store_packed(w.weights + j / 2 * kStride + lane, as_pairs(round_both(first, second)));
+      }
     }
-  }
-
-  for (int64_t i = 0; i < rows.count; ++i) {
-    T* out = at<T>(to.out, rows.batch, rows.head, rows.first + i);
-    const Real total = state.sum[i] == 0 ? Real(1) : state.sum[i];
-    for (int64_t d = 0; d < p.value_dim; ++d)
-      from_float(w.output[d * kRows<Real> + i] / total, out + d);
-    *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) = state.lse(i);
+    store<Real>(w.max + lane, after);
+    store<Real>(w.sum + lane, total);
+    store<Real>(w.scale + lane, scale);
   }
 }
 
-template <typename T, typename Real>
+// One tile's V^T P, without products of weights that are 0 because the pair is hidden: 0 * NaN is
+// NaN.
+template <typename T, typename Real, typename Element>
+void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
+                          const ForwardWorkspace<Real, Element>& w) {
+  for (int64_t j = 0; j < keys; ++j) {
+    const T* value = at<const T>(p.value, rows.batch, rows.key_head, key + j);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t index = j * kRows<Real> + i;
+      if (w.hidden[index]) continue;
+      Real weight;
+      if constexpr (kDepth<Element> == 1) {
+        weight = w.weights[index];
+      } else {
+        const uint32_t pair = w.weights[j / 2 * kRows<Real> + i].bits;
+        weight = to_float(BFloat16{static_cast<uint16_t>(j % 2 ? pair >> 16 : pair)});
+      }
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        w.output[d * kRows<Real> + i] += static_cast<Real>(to_float(value[d])) * weight;
+      }
+    }
+  }
+}
+
+// One tile: scores, softmax, product with the values.
+template <typename T, typename Real, typename Element>
+void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
+                  bool careful, const PackedColumns<T, Element>& packed,
+                  const ForwardWorkspace<Real, Element>& w) {
+  int64_t stride;
+  const Element* k =
+      as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2], keys,
+                  p.head_dim, false, w.keys, &stride);
+  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                                     static_cast<Real*>(nullptr));
+  if (careful) record_hidden(w.scores, keys, w.hidden);
+  if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
+  update_softmax(w, rows, keys, factor, p.dropout_p > 0 ? w.keep : nullptr);
+
+  const Into<Real> output{w.output, kRows<Real>, false, w.scale};
+  if (careful) {
+    constexpr bool kInPlace = kDepth<Element> == 1;
+    multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0, output);  // rescales
+    accumulate_carefully<T>(p, rows, key, keys, w);
+  } else if constexpr (kDepth<Element> == 1) {
+    const Element* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
+                                   p.value.stride[2], keys, p.value_dim, false, w.values, &stride);
+    multiply<true>(p.value_dim, rows.vectors, keys, v, stride, w.weights, kRows<Real>, output);
+  } else {
+    const Element* v = packed.tile(rows, key, keys, w.values);
+    multiply<false>(p.value_dim, rows.vectors, (keys + 1) / 2, v, kKeys / 2, w.weights,
+                    kRows<Real>, output);
+  }
+}
+
+// The part of a block's softmax and output that comes from keys [range.first, range.end).
+template <typename T, typename Real, typename Element>
+void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
+                  const PackedColumns<T, Element>& packed,
+                  const ForwardWorkspace<Real, Element>& w) {
+  pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
+  // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
+  // says so, and the block is done again with care.
+  for (bool careful : {false, true}) {
+    std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
+    std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
+    std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
+    bool any_edge = false;
+    for (int64_t key = range.first; key < range.end; key += kKeys) {
+      const int64_t keys = std::min(kKeys, range.end - key);
+      const TileKind kind = classify(p, rows, key, keys);
+      if (kind == TileKind::kSkip) continue;
+      any_edge |= kind == TileKind::kEdge;
+      forward_tile<T>(p, rows, kind, key, keys, careful, packed, w);
+    }
+    if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
+  }
+}
+
+template <typename T, typename Real, typename Element>
+void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& rows,
+                  const ForwardWorkspace<Real, Element>& w) {
+  alignas(kVectorBytes) Real inverse[kRows<Real>];
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const Real max = w.max[i], sum = w.sum[i];
+    inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
+    *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) =
+        std::isinf(max) ? max : static_cast<Real>(kLn2) * max + std::log(sum);
+  }
+  T* out = at<T>(to.out, rows.batch, rows.head, rows.first);
+  for_each_row(w.output, p.value_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+    store_some<Real>(out + i * to.out.stride[2] + d, x * inverse[i], count);
+  });
+}
+
+// Adds another part's softmax and output to w's.
+template <typename Real, typename Element>
+void merge_parts(const Problem& p, const RowBlock& rows, const ForwardWorkspace<Real, Element>& w,
+                 const ForwardWorkspace<Real, Element>& other) {
+  for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
+    const Vec<Real> a = load(w.max + lane), b = load(other.max + lane);
+    const Vec<Real> top = simd_max<Real>(a, b);
+    const Vec<Real> shift = top == -kInfinity<Real> ? Vec<Real>{} : top;
+    const Vec<Real> scale_a = exp2<Real>(a - shift), scale_b = exp2<Real>(b - shift);
+    store<Real>(w.max + lane, top);
+    store<Real>(w.sum + lane, load(w.sum + lane) * scale_a + load(other.sum + lane) * scale_b);
+    for (int64_t i = lane; i < p.value_dim * kRows<Real> + lane; i += kRows<Real>) {
+      store<Real>(w.output + i, load(w.output + i) * scale_a + load(other.output + i) * scale_b);
+    }
+  }
+}
+
+// How many parts the keys of a block are split into, so that every thread has work; a part has at
+// least 4 tiles.
+inline int64_t key_parts(const Problem& p, int64_t items, int threads) {
+  if (items == 0 || items >= threads) return 1;
+  const int64_t most = std::max<int64_t>(1, p.key_length / (4 * kKeys));
+  return std::min(most, (threads + items - 1) / items);
+}
+
+template <typename T, typename Real, typename Element>
 void forward(const Problem& p, const ForwardArguments& to, int threads) {
   const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
-  const int64_t heads = p.batch * p.query_heads, items = heads * blocks;
-  threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-  const PerThread<ForwardWorkspace<Real>> workspaces(threads, p);
+  const int64_t items = p.batch * p.query_heads * blocks, parts = key_parts(p, items, threads);
+  const auto rows_of = [&](int64_t item) {  // a head's last blocks first: causality makes them long
+    const int64_t head = item / blocks, block = blocks - 1 - item % blocks;
+    return RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block);
+  };
+  threads = static_cast<int>(std::clamp<int64_t>(items * parts, 1, threads));
+  const PackedColumns<T, Element> packed(p, p.value, p.value_dim, blocks);
+  using Workspace = ForwardWorkspace<Real, Element>;
+  const PerThread<Workspace> workspaces(parts > 1 ? static_cast<int>(items * parts) : threads, p);
 #pragma omp parallel num_threads(threads)
   {
-    const ForwardWorkspace<Real> workspace = workspaces.make(omp_get_thread_num(), p);
-    // The last blocks first: under causality they are the long ones.
+    packed.pack_all();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t head = item % heads, block = blocks - 1 - item / heads;
-      forward_block<T, Real>(
-          p, to, RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block),
-          workspace);
+    for (int64_t i = 0; i < items * parts; ++i) {
+      const int64_t part = i % parts;
+      const RowBlock rows = rows_of(i / parts);
+      const Real sink =
+          p.sinks && part == 0 ? *at<const Real>(p.sinks, 0, rows.head, 0) : -kInfinity<Real>;
+      const Workspace w =
+          workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
+      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, w);
+      if (parts == 1) write_output<T>(p, to, rows, w);
+    }
+    if (parts > 1) {
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < items; ++item) {
+        const RowBlock rows = rows_of(item);
+        const Workspace w = workspaces.make(static_cast<int>(item * parts), p);
+        for (int64_t part = 1; part < parts; ++part) {
+          merge_parts(p, rows, w, workspaces.make(static_cast<int>(item * parts + part), p));
+        }
+        write_output<T>(p, to, rows, w);
+      }
     }
   }
 }

@@ -14,6 +14,7 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif
@@ -22,6 +23,7 @@ extern const Kernels kPortableKernels;
 // Best first.
 inline const Kernels* const kAllKernels[] = {
 #if defined(__x86_64__)
+    &kAvx512Bf16Kernels,
     &kAvx512Kernels,
     &kAvx2Kernels,
 #endif

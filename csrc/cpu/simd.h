@@ -12,6 +12,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Two neighbours along the summed dimension, the first in the low half: what one lane of a
+// bfloat16 product takes.
+struct BFloat16Pair {
+  uint32_t bits;
+};
 
 template <typename Real>
 struct Simd;
@@ -75,6 +80,20 @@ inline Vec<Real> simd_max(Vec<Real> a, Vec<Real> b) {
   return a > b ? a : b;
 }
 
+// Whether the sign bit is set in any lane: of a comparison, whether it holds in any.
+template <typename Int>
+inline bool any(Int mask) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  bool found = false;
+  for (size_t lane = 0; lane < sizeof(Int) / sizeof(mask[0]); ++lane) found |= mask[lane] != 0;
+  return found;
+#endif
+}
+
 // 2^x = 2^n (1 + f q(f)): n and q are given back, and f. For |x| up to 2^20.
 template <typename Real>
 inline void split_exp2(Vec<Real> x, Vec<Real>* power, Vec<Real>* f, Vec<Real>* q) {
@@ -91,16 +110,21 @@ inline void split_exp2(Vec<Real> x, Vec<Real>* power, Vec<Real>* f, Vec<Real>* q
   *q = sum;
 }
 
-// Relative error below 2e-9 plus rounding (float), 1e-16 (double). 0 where the result would be
-// subnormal; NaN stays NaN.
+// Relative error below 2e-9 plus rounding (float), 1e-16 (double); NaN stays NaN. For x up to 1.
+// 0 where the result would be well below the smallest normal number.
 template <typename Real>
 inline Vec<Real> exp2(Vec<Real> x) {
-  const Real lowest = static_cast<Real>(1 - Simd<Real>::kBias);
-  const Real highest = static_cast<Real>(Simd<Real>::kBias + 1);
-  const Vec<Real> clamped = x > highest ? broadcast(highest) : x;
+  const Vec<Real> lowest = broadcast(static_cast<Real>(-Simd<Real>::kBias));  // its power is 0
   Vec<Real> power, f, q;
-  split_exp2<Real>(clamped, &power, &f, &q);
-  return x < lowest ? Vec<Real>{} : (f * q + Real(1)) * power;
+  split_exp2<Real>(simd_max<Real>(lowest, x), &power, &f, &q);
+  return (f * q + Real(1)) * power;
+}
+
+// The same for any x: inf where the result overflows.
+template <typename Real>
+inline Vec<Real> exp2_of_any(Vec<Real> x) {
+  const Real highest = static_cast<Real>(Simd<Real>::kBias + 1);
+  return exp2<Real>(x > highest ? broadcast(highest) : x);
 }
 
 // tanh through expm1, accurate for small x too: expm1(2x) = (2^n - 1) + 2^n f q(f).
@@ -203,17 +227,173 @@ inline void from_float(float x, Float16* out) {
 #endif
 }
 
-// to[0..n) = from[0..n) in the compute type.
-template <typename T, typename Real>
-inline void convert_row(const T* from, Real* to, int64_t n) {
-  int64_t i = 0;
-#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES > 16
-  if constexpr (std::is_same_v<T, Float16>) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
-    }
-  }
-#endif
-  for (; i < n; ++i) to[i] = to_float(from[i]);
+// --- Vectors of the storage types, converted; `count` of the lanes exist, the rest are 0
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef Halves UnalignedHalves __attribute__((aligned(2), may_alias));
+
+inline Vec<float> load_as(const float* p) { return load(p); }
+inline Vec<double> load_as(const double* p) { return load(p); }
+inline Vec<float> load_as(const BFloat16* p) {
+  const Halves bits = *reinterpret_cast<const UnalignedHalves*>(p);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
 }
+inline Vec<float> load_as(const Float16* p) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> x;
+  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = to_float(p[lane]);
+  return x;
+#endif
+}
+
+// One byte a lane, as integers.
+template <typename Real>
+inline typename VecOf<Real>::IntType load_bytes(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<Real>)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, typename VecOf<Real>::IntType);
+}
+
+inline void store_as(float* p, Vec<float> x) { store<float>(p, x); }
+inline void store_as(double* p, Vec<double> x) { store<double>(p, x); }
+inline void store_as(BFloat16* p, Vec<float> x) {
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // ties to even
+  const Words rounded = x != x ? Words{} + 0x7FC0 : nearest;
+  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(rounded, Halves);
+}
+inline void store_as(Float16* p, Vec<float> x) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  const __m256i bits = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
+  const __m128i bits = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) from_float(x[lane], p + lane);
+#endif
+}
+
+template <typename Real, typename T>
+inline Vec<Real> load_some(const T* p, int64_t count) {
+  if (count >= kLanes<Real>) return load_as(p);
+  Vec<Real> x{};
+  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<Real>(to_float(p[i]));
+  return x;
+}
+template <typename Real, typename T>
+inline void store_some(T* p, Vec<Real> x, int64_t count) {
+  if (count >= kLanes<Real>) return store_as(p, x);
+  for (int64_t i = 0; i < count; ++i) from_float(x[i], p + i);
+}
+
+template <typename T>
+inline double dot_in_double(const T* a, const T* b, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += static_cast<double>(to_float(a[i])) * static_cast<double>(to_float(b[i]));
+  }
+  return sum;
+}
+
+// --- Transposition of a square of vectors, in log2(lanes) rounds of interleaving
+
+template <typename V, int kCount, bool kHigh, int... kLane>
+inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, (kLane % 2 * kCount + kLane / 2 + (kHigh ? kCount / 2 : 0))...);
+}
+
+// Of rows[i], lane j becomes lane i of rows[j]. Each round pairs row i with row i + n / 2 and
+// interleaves their lanes, which rotates one bit of the index (row, lane) from row to lane.
+template <typename Real>
+inline __attribute__((always_inline)) void transpose(Vec<Real>* rows) {
+  constexpr int kW = kLanes<Real>;
+  constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < kW; round *= 2) {
+    Vec<Real> next[kW];
+#pragma GCC unroll 16
+    for (int i = 0; i < kW / 2; ++i) {
+      const Vec<Real> a = rows[i], b = rows[i + kW / 2];
+      next[2 * i] = interleave<Vec<Real>, kW, false>(a, b, kLaneNumbers);
+      next[2 * i + 1] = interleave<Vec<Real>, kW, true>(a, b, kLaneNumbers);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) rows[i] = next[i];
+  }
+}
+
+// --- Products of packed operands: float and double by fused multiply-add, bfloat16 in pairs
+
+template <typename Element>
+constexpr int kDepth = 1;  // values along the summed dimension that one element holds
+template <>
+constexpr int kDepth<BFloat16Pair> = 2;
+
+template <typename Element>
+struct PackedOf {
+  using Real = Element;
+  using Type = Vec<Element>;
+};
+template <>
+struct PackedOf<BFloat16Pair> {
+  using Real = float;
+  using Type = Words;
+};
+template <typename Element>
+using Packed = typename PackedOf<Element>::Type;  // a vector of elements
+
+template <typename Real>
+inline Vec<Real> load_packed(const Real* p) {
+  return load(p);
+}
+template <typename Real>
+inline void store_packed(Real* p, Vec<Real> x) {
+  store<Real>(p, x);
+}
+template <typename Real>
+inline Vec<Real> multiply_add(Real a, Vec<Real> b, Vec<Real> sum) {
+  return sum + a * b;
+}
+
+inline Words load_packed(const BFloat16Pair* p) {
+  return reinterpret_cast<Words>(load(reinterpret_cast<const float*>(p)));
+}
+inline void store_packed(BFloat16Pair* p, Words x) {
+  store<float>(reinterpret_cast<float*>(p), reinterpret_cast<Vec<float>>(x));
+}
+
+[[maybe_unused]] Vec<float> multiply_add(BFloat16Pair a, Words b, Vec<float> sum);
+// Vectors of each, rounded: the first in the low half of the result.
+[[maybe_unused]] Words round_both(Vec<float> first, Vec<float> second);
+// What round_both gave, as pairs (first, second); or stored in two places.
+[[maybe_unused]] Words as_pairs(Words halves);
+[[maybe_unused]] void store_halves(BFloat16Pair* first, BFloat16Pair* second, Words halves);
+
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+inline Vec<float> multiply_add(BFloat16Pair a, Words b, Vec<float> sum) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a.bits),
+                                      (__m512bh)b);
+}
+inline Words round_both(Vec<float> first, Vec<float> second) {
+  return (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+inline void store_halves(BFloat16Pair* first, BFloat16Pair* second, Words halves) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256((__m512i)halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second),
+                      _mm512_extracti64x4_epi64((__m512i)halves, 1));
+}
+inline Words as_pairs(Words halves) {
+  typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
+  constexpr auto kLaneNumbers = std::make_integer_sequence<int, 2 * kWordLanes>{};
+  const Shorts first = (Shorts)halves, second = (Shorts)_mm512_shuffle_i64x2(
+      (__m512i)halves, (__m512i)halves, 0x4E);  // the other 16
+  return (Words)interleave<Shorts, 2 * kWordLanes, false>(first, second, kLaneNumbers);
+}
+#endif

@@ -1,7 +1,8 @@
-// One tile of scores, 64 keys by one block of query rows: how it is packed, masked and dropped.
+// The tiles that the kernels work on, 64 keys by one block of query rows: which of them matter, and
+// how queries, keys and values are brought into the form that matmul.h multiplies.
 //
-// Scores lie transposed, s[key][row]: the lanes of a vector are query rows, so that a softmax over
-// keys needs no shuffle. They are kept in units of log2: s * log2(e), ready for exp2.
+// Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
+// so that a softmax over keys needs no shuffle.
 
 constexpr int64_t kKeys = 64;
 template <typename Real>
@@ -48,6 +49,14 @@ struct KeyRange {
     const int64_t diagonal = rows.first + p.diagonal;
     first = std::max<int64_t>(0, diagonal - p.left) / kKeys * kKeys;
     end = std::clamp<int64_t>(diagonal + rows.count + p.right, 0, p.key_length);
+  }
+  KeyRange(int64_t first, int64_t end) : first(first), end(end) {}
+
+  // One of `parts` parts of about the same number of tiles.
+  KeyRange part(int64_t index, int64_t parts) const {
+    const int64_t tiles = std::max<int64_t>(0, (end - first + kKeys - 1) / kKeys);
+    return {first + tiles * index / parts * kKeys,
+            std::min(end, first + tiles * (index + 1) / parts * kKeys)};
   }
 };
 
@@ -101,240 +110,197 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
   return edge ? TileKind::kEdge : TileKind::kFull;
 }
 
-// packed[d][row] = factor * rows' values, transposed; rows beyond the last are 0.
-template <typename T, typename Real>
-void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real factor,
-                     Real* packed, Real* row_buffer) {
-  constexpr int64_t kStride = kRows<Real>;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    convert_row(at<const T>(view, rows.batch, rows.head, rows.first + i), row_buffer, width);
-    for (int64_t d = 0; d < width; ++d) packed[d * kStride + i] = row_buffer[d] * factor;
+// Elements [first, first + lanes) of one row, times `factor`; 0 beyond `width` values.
+template <typename Real, typename T>
+inline Vec<Real> load_elements(const T* row, int64_t first, int64_t width, Real factor) {
+  return load_some<Real>(row + first, width - first) * factor;
+}
+// Pairs, as the bits of floats: they are only moved.
+inline Vec<float> load_pairs(const BFloat16* row, int64_t first, int64_t width) {
+  const int64_t values = width - 2 * first;
+  if (values >= 2 * kWordLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
+  Words pairs{};
+  for (int64_t i = 0; i < values; ++i) {
+    pairs[i / 2] |= static_cast<uint32_t>(row[2 * first + i].bits) << (i % 2 * 16);
   }
-  for (int64_t d = 0; d < width; ++d) {
-    for (int64_t i = rows.count; i < kStride; ++i) packed[d * kStride + i] = 0;
+  return reinterpret_cast<Vec<float>>(pairs);
+}
+// Pairs of two rows' values at one place, [first, first + lanes).
+inline Vec<float> pair_rows(const BFloat16* low, const BFloat16* high, int64_t first,
+                            int64_t width) {
+  const Vec<float> zero{};
+  const Words a = reinterpret_cast<Words>(load_some<float>(low + first, width - first));
+  const Words b = reinterpret_cast<Words>(high ? load_some<float>(high + first, width - first)
+                                               : zero);
+  return reinterpret_cast<Vec<float>>(a >> 16 | b);
+}
+
+// packed[d][row] = factor * rows' values, transposed; lanes beyond the last row are 0. Pairs run
+// along d, and take a factor of 1 alone.
+template <typename T, typename Element, typename Real>
+void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real factor,
+                     Element* packed) {
+  constexpr int64_t kW = kLanes<Real>;
+  const int64_t elements = (width + kDepth<Element> - 1) / kDepth<Element>;
+  for (int64_t first_row = 0; first_row < rows.vectors * kW; first_row += kW) {
+    for (int64_t first = 0; first < elements; first += kW) {
+      Vec<Real> block[kW];
+      for (int64_t i = 0; i < kW; ++i) {
+        const int64_t row = first_row + i;
+        block[i] = Vec<Real>{};
+        if (row >= rows.count) continue;
+        const T* from = at<const T>(view, rows.batch, rows.head, rows.first + row);
+        if constexpr (kDepth<Element> == 1) {
+          block[i] = load_elements<Real>(from, first, width, factor);
+        } else {
+          block[i] = load_pairs(from, first, width);
+        }
+      }
+      transpose<Real>(block);
+      Real* to = reinterpret_cast<Real*>(packed) + first * kRows<Real> + first_row;
+      for (int64_t e = 0; e < std::min(kW, elements - first); ++e) {
+        store<Real>(to + e * kRows<Real>, block[e]);
+      }
+    }
   }
 }
 
-// Rows as a row-major block in the compute type. Where they already are one, in place: `scratch` is
-// used for a conversion, or to pad rows to whole vectors with zeros if `pad`.
-template <typename T, typename Real>
-const Real* as_block(const T* from, int64_t from_stride, int64_t count, int64_t width, bool pad,
-                     Real* scratch, int64_t* stride) {
-  if constexpr (std::is_same_v<T, Real>) {
-    if (!pad || width % kLanes<Real> == 0) {
-      *stride = from_stride;
-      return from;
+// The way back: calls write(row, d, vector, count) with columns [d, d + count) of each row of
+// block[d][row].
+template <typename Real, typename Write>
+inline void for_each_row(const Real* block, int64_t width, const RowBlock& rows, Write write) {
+  constexpr int64_t kW = kLanes<Real>;
+  for (int64_t d = 0; d < width; d += kW) {
+    for (int64_t first_row = 0; first_row < rows.count; first_row += kW) {
+      Vec<Real> square[kW];
+      for (int64_t i = 0; i < kW; ++i) {
+        square[i] = d + i < width ? load(block + (d + i) * kRows<Real> + first_row) : Vec<Real>{};
+      }
+      transpose<Real>(square);
+      for (int64_t i = 0; i < std::min(kW, rows.count - first_row); ++i) {
+        write(first_row + i, d, square[i], std::min(kW, width - d));
+      }
     }
   }
-  *stride = padded<Real>(width);
+}
+
+// Rows as a row-major block of elements along the row. Where they already are one, in place:
+// `scratch` is used for a conversion, or to pad rows to whole vectors with zeros if `pad`.
+template <typename T, typename Element>
+const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64_t width, bool pad,
+                        Element* scratch, int64_t* stride) {
+  using Real = typename PackedOf<Element>::Real;
+  constexpr int64_t kStep = kDepth<Element>;
+  constexpr bool kSameBits = std::is_same_v<T, Element> || kStep == 2;
+  const int64_t whole = pad ? kStep * kLanes<Real> : kStep;
+  if (kSameBits && width % whole == 0 && from_stride % kStep == 0) {
+    *stride = from_stride / kStep;
+    return reinterpret_cast<const Element*>(from);
+  }
+  *stride = padded<Real>((width + kStep - 1) / kStep);
   for (int64_t i = 0; i < count; ++i) {
-    Real* to = scratch + i * *stride;
-    convert_row(from + i * from_stride, to, width);
-    for (int64_t d = width; d < *stride; ++d) to[d] = 0;
+    const T* row = from + i * from_stride;
+    Real* to = reinterpret_cast<Real*>(scratch + i * *stride);
+    for (int64_t e = 0; e < *stride; e += kLanes<Real>) {
+      if constexpr (kStep == 1) {
+        store<Real>(to + e, load_elements<Real>(row, e, width, Real(1)));
+      } else {
+        store<Real>(to + e, load_pairs(row, e, width));
+      }
+    }
   }
   return scratch;
 }
 
-template <typename Real>
-bool all_finite(const Real* block, int64_t stride, int64_t count, int64_t width) {
-  Real probe = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Real* row = block + i * stride;
-    Vec<Real> sum{};
-    int64_t d = 0;
-    for (; d + kLanes<Real> <= width; d += kLanes<Real>) sum += load(row + d) * Real(0);
-    for (; d < width; ++d) probe += row[d] * Real(0);
-    for (int lane = 0; lane < kLanes<Real>; ++lane) probe += sum[lane];
-  }
-  return probe == 0;
-}
-
-template <typename Real>
-inline Real load_mask(const View& view, int64_t index) {
-  switch (view.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(view.data)[index];
-    case DType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(view.data)[index]);
-    case DType::kFloat16:
-      return to_float(static_cast<const Float16*>(view.data)[index]);
-    default:
-      return static_cast<Real>(static_cast<const double*>(view.data)[index]);
-  }
-}
-
-// s + mask in log2 units, or -inf where the mask is false or -inf.
-template <typename Real>
-inline Real masked_score(Real score, const View& mask, int64_t index) {
-  if (mask.dtype == DType::kBool) {
-    return static_cast<const uint8_t*>(mask.data)[index] ? score : -kInfinity<Real>;
-  }
-  const Real addend = load_mask<Real>(mask, index);
-  return addend == -kInfinity<Real> ? addend : score + addend * Real(kLog2E);
-}
-
-// Add or apply a mask to every row of s; a mask with row stride 0 is one value a key.
-template <typename Real>
-void apply_mask(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
-  const int64_t base = rows.batch * mask.stride[0] + rows.head * mask.stride[1] +
-                       rows.first * mask.stride[2] + key * mask.stride[3];
-  if (mask.stride[2] == 0) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const Real addend = masked_score(Real(0), mask, base + j * mask.stride[3]);
-      Real* row = s + j * kRows<Real>;
-      for (int64_t i = 0; i < kRows<Real>; i += kLanes<Real>) {
-        const Vec<Real> hidden = broadcast(addend);
-        store<Real>(row + i, addend == -kInfinity<Real> ? hidden : load(row + i) + addend);
+// packed[d][j] = the pair (row 2j, row 2j + 1) at d: the transposed operand of a product over keys.
+inline void pack_pairs_by_column(const BFloat16* from, int64_t stride, int64_t count,
+                                 int64_t width, BFloat16Pair* packed) {
+  constexpr int64_t kW = kLanes<float>;
+  for (int64_t first = 0; first < count; first += 2 * kW) {
+    for (int64_t d = 0; d < width; d += kW) {
+      Vec<float> block[kW];
+      for (int64_t i = 0; i < kW; ++i) {
+        const int64_t row = first + 2 * i;
+        const BFloat16* low = from + row * stride;
+        block[i] = row < count ? pair_rows(low, row + 1 < count ? low + stride : nullptr, d, width)
+                               : Vec<float>{};
       }
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t row = base + i * mask.stride[2];
-    for (int64_t j = 0; j < keys; ++j) {
-      Real* score = s + j * kRows<Real> + i;
-      *score = masked_score(*score, mask, row + j * mask.stride[3]);
-    }
-  }
-}
-
-// Hide what lies beyond the window or the diagonal.
-template <typename Real>
-void apply_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
-  const Vec<Real> lane = lane_index<Real>();
-  const Vec<Real> hidden = broadcast(-kInfinity<Real>);
-  for (int64_t j = 0; j < keys; ++j) {
-    // Row i of the block sees the key if lowest <= i <= highest.
-    const int64_t middle = key + j - p.diagonal - rows.first;
-    const Real lowest = static_cast<Real>(std::clamp<int64_t>(middle - p.right, 0, kRows<Real>));
-    const Real highest = static_cast<Real>(std::clamp<int64_t>(middle + p.left, -1, kRows<Real>));
-    for (int64_t v = 0; v < rows.vectors; ++v) {
-      Real* score = s + j * kRows<Real> + v * kLanes<Real>;
-      const Vec<Real> row = lane + static_cast<Real>(v * kLanes<Real>);
-      Vec<Real> x = load(score);
-      x = row < lowest ? hidden : x;
-      store<Real>(score, row > highest ? hidden : x);
-    }
-  }
-}
-
-// s = softcap * tanh(s / softcap), where s holds s / softcap; slope = the derivative, if wanted.
-template <typename Real>
-void apply_softcap(Real softcap, const RowBlock& rows, int64_t keys, Real* s, Real* slope) {
-  const Real factor = softcap * static_cast<Real>(kLog2E);
-  for (int64_t j = 0; j < keys; ++j) {
-    for (int64_t v = 0; v < rows.vectors; ++v) {
-      const int64_t index = j * kRows<Real> + v * kLanes<Real>;
-      const Vec<Real> t = tanh<Real>(load(s + index));
-      store<Real>(s + index, t * factor);
-      if (slope) store<Real>(slope + index, Real(1) - t * t);
-    }
-  }
-}
-
-template <typename Real>
-void apply_alibi(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
-  const Real slope =
-      *at<const Real>(p.alibi_slopes, rows.batch, rows.head, 0) * static_cast<Real>(kLog2E);
-  const Vec<Real> lane = lane_index<Real>();
-  for (int64_t j = 0; j < keys; ++j) {
-    const Real offset = static_cast<Real>(rows.first + p.diagonal - key - j);
-    for (int64_t v = 0; v < rows.vectors; ++v) {
-      Real* score = s + j * kRows<Real> + v * kLanes<Real>;
-      const Vec<Real> distance = lane + (offset + static_cast<Real>(v * kLanes<Real>));
-      store<Real>(score, load(score) - slope * simd_max<Real>(distance, -distance));
-    }
-  }
-}
-
-// What query is multiplied with before the product with the keys, so that scores come out in log2
-// units (or as s / softcap).
-template <typename Real>
-inline Real query_factor(const Problem& p) {
-  return static_cast<Real>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E);
-}
-
-// Scores of one tile: s[key][row] = log2(e) * (everything that the softmax sees), -inf where
-// hidden.
-template <typename Real>
-void compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
-                    int64_t keys, const Real* queries, const Real* k, int64_t k_stride, Real* s,
-                    Real* slope) {
-  multiply<false>(keys, rows.vectors, p.head_dim, k, k_stride, queries, kRows<Real>, s, kRows<Real>,
-                  false);
-  if (p.softcap != 0) apply_softcap(static_cast<Real>(p.softcap), rows, keys, s, slope);
-  if (p.alibi_slopes) apply_alibi(p, rows, key, keys, s);
-  if (kind != TileKind::kEdge) return;
-  if (p.mask) apply_mask(p.mask, rows, key, keys, s);
-  if (p.key_mask) apply_mask(p.key_mask, rows, key, keys, s);
-  apply_window(p, rows, key, keys, s);
-}
-
-// keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.
-template <typename Real>
-void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
-                     Real* keep) {
-  constexpr int64_t kCount = (kRows<Real> + kWordLanes - 1) / kWordLanes;
-  const Real factor = static_cast<Real>(1.0 / (1.0 - p.dropout_p));
-  const uint32_t head = static_cast<uint32_t>(rows.batch * p.query_heads + rows.head);
-  const uint32_t first_row = static_cast<uint32_t>(p.query_start + rows.first);
-  Words lane;
-  for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-  alignas(kVectorBytes) uint32_t words[4][kCount * kWordLanes];
-  for (int64_t j = 0; j < keys;) {
-    const uint32_t column = static_cast<uint32_t>(p.key_start + key + j);
-    for (int64_t v = 0; v < kCount; ++v) {
-      Words counter[4] = {Words{} + (column >> 2),
-                          lane + (first_row + static_cast<uint32_t>(v * kWordLanes)),
-                          Words{} + head, Words{} + p.offset};
-      philox(counter, p.seed, multiply_words);
-      for (int w = 0; w < 4; ++w) std::memcpy(words[w] + v * kWordLanes, &counter[w], kVectorBytes);
-    }
-    for (uint32_t w = column & 3; w < 4 && j < keys; ++w, ++j) {
-      Real* row = keep + j * kRows<Real>;
-      for (int64_t i = 0; i < kRows<Real>; ++i) {
-        row[i] = words[w][i] >= p.dropout_threshold ? factor : Real(0);
+      transpose<float>(block);
+      float* to = reinterpret_cast<float*>(packed) + d * (kKeys / 2) + first / 2;
+      for (int64_t i = 0; i < std::min(kW, width - d); ++i) {
+        store<float>(to + i * (kKeys / 2), block[i]);
       }
     }
   }
 }
 
-// hidden[key][row]: which pairs the masks forbid, for the careful products below.
-template <typename Real>
-void record_hidden(const Real* s, int64_t keys, uint8_t* hidden) {
-  for (int64_t i = 0; i < keys * kRows<Real>; ++i) hidden[i] = s[i] == -kInfinity<Real>;
-}
-
-// c[n][row] += sum over visible keys of values[key][n] * p[key][row]. A hidden pair's weight is 0,
-// but 0 * NaN is NaN: this is for tiles where a hidden value is not finite.
-template <typename Real>
-void accumulate_visible_by_row(const uint8_t* hidden, int64_t keys, const RowBlock& rows,
-                               const Real* p, const Real* values, int64_t stride, int64_t width,
-                               Real* c) {
-  for (int64_t j = 0; j < keys; ++j) {
-    for (int64_t i = 0; i < rows.count; ++i) {
-      if (hidden[j * kRows<Real> + i]) continue;
-      const Real weight = p[j * kRows<Real> + i];
-      for (int64_t n = 0; n < width; ++n) c[n * kRows<Real> + i] += values[j * stride + n] * weight;
+// Rows of a block as they are multiplied from the right, summed over rows: in place or padded, or
+// as pairs of neighbouring rows.
+template <typename T, typename Element>
+const Element* as_summed_rows(const View& view, const RowBlock& rows, int64_t width,
+                              Element* scratch, int64_t* stride) {
+  const T* from = at<const T>(view, rows.batch, rows.head, rows.first);
+  if constexpr (kDepth<Element> == 1) {
+    return as_block<T>(from, view.stride[2], rows.count, width, true, scratch, stride);
+  } else {
+    *stride = padded<float>(width);
+    for (int64_t i = 0; i < rows.count; i += 2) {
+      const T* low = from + i * view.stride[2];
+      const T* high = i + 1 < rows.count ? low + view.stride[2] : nullptr;
+      float* to = reinterpret_cast<float*>(scratch + i / 2 * *stride);
+      for (int64_t d = 0; d < *stride; d += kLanes<float>) {
+        store<float>(to + d, d < width ? pair_rows(low, high, d, width) : Vec<float>{});
+      }
     }
+    return scratch;
   }
 }
 
-// The same for c[key][n] += p[key][row] * values[row][n], and, if kOverKeys, c[row][n] +=
-// p[key][row] * values[key][n].
-template <bool kOverKeys, typename Real>
-void accumulate_visible(const uint8_t* hidden, int64_t keys, const RowBlock& rows, const Real* p,
-                        const Real* values, int64_t stride, int64_t width, Real* c, int64_t ldc) {
-  for (int64_t j = 0; j < keys; ++j) {
-    for (int64_t i = 0; i < rows.count; ++i) {
-      if (hidden[j * kRows<Real> + i]) continue;
-      const Real weight = p[j * kRows<Real> + i];
-      const Real* from = values + (kOverKeys ? j : i) * stride;
-      Real* to = c + (kOverKeys ? i : j) * ldc;
-      for (int64_t n = 0; n < width; ++n) to[n] += weight * from[n];
+// Keys or values of every (batch, key head) as pack_pairs_by_column packs them, tile by tile, for
+// all query blocks that share them. Where one block alone reads them, it packs its own.
+template <typename T, typename Element>
+class PackedColumns {
+ public:
+  PackedColumns(const Problem& p, const View& view, int64_t width, int64_t blocks_a_head)
+      : view_(view), width_(width), heads_(p.key_heads), length_(p.key_length) {
+    if (kDepth<Element> == 1 || blocks_a_head * p.query_heads == p.key_heads) return;
+    tiles_ = (length_ + kKeys - 1) / kKeys;
+    count_ = p.batch * heads_ * tiles_;
+    memory_.reset(new Element[count_ * tile_size()]);
+  }
+
+  // Called by all threads of a team.
+  void pack_all() const {
+    if (!memory_) return;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t head = i / tiles_, key = i % tiles_ * kKeys;
+      pack(head / heads_, head % heads_, key, std::min(kKeys, length_ - key),
+           memory_.get() + i * tile_size());
     }
   }
-}
+
+  const Element* tile(const RowBlock& rows, int64_t key, int64_t keys, Element* scratch) const {
+    if (memory_) {
+      const int64_t head = rows.batch * heads_ + rows.key_head;
+      return memory_.get() + (head * tiles_ + key / kKeys) * tile_size();
+    }
+    pack(rows.batch, rows.key_head, key, keys, scratch);
+    return scratch;
+  }
+
+ private:
+  int64_t tile_size() const { return width_ * (kKeys / kDepth<Element>); }
+  void pack(int64_t batch, int64_t head, int64_t key, int64_t keys, Element* to) const {
+    if constexpr (kDepth<Element> == 2) {
+      pack_pairs_by_column(at<const T>(view_, batch, head, key), view_.stride[2], keys, width_, to);
+    }
+  }
+
+  View view_;
+  int64_t width_, heads_, length_, tiles_ = 0, count_ = 0;
+  std::unique_ptr<Element[]> memory_;
+};
 
 // Hands out pieces of one block of memory. Over null it only counts, so that the same code sizes
 // it.

@@ -4,17 +4,17 @@
 // tiles before it writes them, so (B, Hq, Lq, Lk) never exists. Else an item is a block of one
 // head. Tested against backends/reference.py in tests/test_contract.py.
 
-template <typename Real>
+template <typename Real, typename Element>
 struct WeightsWorkspace {
-  Real *queries, *scores, *total, *keep, *keys, *row, *lse;
+  Element *queries, *keys;
+  Real *scores, *total, *keep, *lse;
 
   WeightsWorkspace(Arena& arena, const Problem& p, int64_t heads) {
-    queries = arena.take<Real>(heads * p.head_dim * kRows<Real>);
+    queries = arena.take<Element>(heads * p.head_dim * kRows<Real>);
     scores = arena.take<Real>(kKeys * kRows<Real>);
     total = arena.take<Real>(kKeys * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? kKeys * kRows<Real> : 0);
-    keys = arena.take<Real>(kKeys * padded<Real>(p.head_dim));
-    row = arena.take<Real>(padded<Real>(p.head_dim));
+    keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
     lse = arena.take<Real>(heads * kRows<Real>);
   }
 };
@@ -31,40 +31,42 @@ void load_lse(const View& lse, const RowBlock& rows, Real* to) {
 
 // exp2(s - lse), exactly 0 where hidden even if LSE is NaN.
 template <typename Real>
-inline Vec<Real> weight_of(Vec<Real> s, Vec<Real> lse) {
-  return s == -kInfinity<Real> ? Vec<Real>{} : exp2<Real>(s - lse);
+inline Vec<Real> weight_of(Vec<Real> s, Real factor, Vec<Real> lse) {
+  return s == -kInfinity<Real> ? Vec<Real>{} : exp2_of_any<Real>(s * factor - lse);
 }
 
 // total += the weights of one head's tile.
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
-                 const Real* queries, const Real* lse, const WeightsWorkspace<Real>& w) {
+                 const Element* queries, const Real* lse,
+                 const WeightsWorkspace<Real, Element>& w) {
   const TileKind kind = classify(p, rows, key, keys);
   if (kind == TileKind::kSkip) return;
-  int64_t k_stride;
-  const Real* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2],
-                              keys, p.head_dim, false, w.keys, &k_stride);
-  compute_scores<Real>(p, rows, kind, key, keys, queries, k, k_stride, w.scores, nullptr);
+  int64_t stride;
+  const Element* k =
+      as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2], keys,
+                  p.head_dim, false, w.keys, &stride);
+  const Real factor = compute_scores(p, rows, kind, key, keys, queries, k, stride, w.scores,
+                                     static_cast<Real*>(nullptr));
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
-      Vec<Real> weight = weight_of<Real>(load(w.scores + index), load(lse + lane));
+      Vec<Real> weight = weight_of<Real>(load(w.scores + index), factor, load(lse + lane));
       if (p.dropout_p > 0) weight *= load(w.keep + index);
       store<Real>(w.total + index, load(w.total + index) + weight);
     }
   }
 }
 
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, int64_t first_head,
-                   int64_t heads, int64_t block, const WeightsWorkspace<Real>& w) {
+                   int64_t heads, int64_t block, const WeightsWorkspace<Real, Element>& w) {
   const int64_t packed = p.head_dim * kRows<Real>;
   RowBlock rows{};
   for (int64_t h = 0; h < heads; ++h) {
     rows = RowBlock::make<Real>(p, batch, first_head + h, block);
-    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed,
-                       w.row);
+    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed);
     load_lse(to.lse, rows, w.lse + h * kRows<Real>);
   }
   const Real share = Real(1) / static_cast<Real>(heads);
@@ -75,29 +77,29 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
       const RowBlock head = RowBlock::make<Real>(p, batch, first_head + h, block);
       add_weights<T>(p, head, key, keys, w.queries + h * packed, w.lse + h * kRows<Real>, w);
     }
-    for (int64_t i = 0; i < rows.count; ++i) {
-      T* out = at<T>(to.weights, batch, first_head, rows.first + i, key);
-      for (int64_t j = 0; j < keys; ++j) from_float(w.total[j * kRows<Real> + i] * share, out + j);
-    }
+    T* out = at<T>(to.weights, batch, first_head, rows.first, key);
+    for_each_row(w.total, keys, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
+      store_some<Real>(out + i * to.weights.stride[2] + j, x * share, count);
+    });
   }
 }
 
-template <typename T, typename Real>
+template <typename T, typename Real, typename Element>
 void weights(const Problem& p, const WeightsArguments& to, int threads) {
   const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
   const int64_t heads = to.average ? p.query_heads : 1;
   const int64_t groups = p.query_heads == 0 ? 0 : p.batch * (p.query_heads / heads);
   const int64_t items = groups * blocks;
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-  const PerThread<WeightsWorkspace<Real>> workspaces(threads, p, heads);
+  const PerThread<WeightsWorkspace<Real, Element>> workspaces(threads, p, heads);
 #pragma omp parallel num_threads(threads)
   {
-    const WeightsWorkspace<Real> workspace = workspaces.make(omp_get_thread_num(), p, heads);
+    const WeightsWorkspace<Real, Element> workspace = workspaces.make(omp_get_thread_num(), p, heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t group = item % groups, block = blocks - 1 - item / groups;
       const int64_t per_batch = p.query_heads / heads;
-      weights_block<T, Real>(p, to, group / per_batch, group % per_batch * heads, heads, block,
+      weights_block<T>(p, to, group / per_batch, group % per_batch * heads, heads, block,
                              workspace);
     }
   }

@@ -1,0 +1,220 @@
+// The scores of one tile: computed, masked, and their weights dropped.
+//
+// compute_scores leaves s[key][row] so that `factor` times it is the score in units of log2, log2(e)
+// * (everything that the softmax sees), ready for exp2. The factor is positive, and is applied by
+// whoever reads the scores, inside a multiply-add that it needs anyway.
+
+template <typename Real, typename T>
+bool all_finite(const T* rows, int64_t stride, int64_t count, int64_t width) {
+  Vec<Real> sum{};  // of products with 0: NaN if anything was not finite
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < width; d += kLanes<Real>) {
+      sum += load_some<Real>(rows + i * stride + d, width - d) * Real(0);
+    }
+  }
+  return !any(sum != sum);
+}
+
+// `count` entries of a mask along the keys, in log2 units; -inf where it forbids.
+template <typename Real, typename T>
+inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
+  constexpr bool kBool = std::is_same_v<T, uint8_t>;
+  Vec<Real> entries{};
+  if constexpr (!kBool) {
+    if (stride == 1) return load_some<Real>(from, count) * Real(kLog2E);
+  } else {
+    const Vec<Real> hidden = broadcast(-kInfinity<Real>);
+    if (stride == 1 && count == kLanes<Real>) return load_bytes<Real>(from) != 0 ? entries : hidden;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    if constexpr (kBool) {
+      entries[j] = from[j * stride] ? Real(0) : -kInfinity<Real>;
+    } else {
+      entries[j] = static_cast<Real>(to_float(from[j * stride])) * Real(kLog2E);
+    }
+  }
+  return entries;
+}
+
+// A forbidden pair's score is -inf whatever it was: by selection, since NaN - inf is NaN.
+template <typename Real>
+inline void add_entry(Real factor, Vec<Real> entry, Real* score) {
+  const Vec<Real> sum = load(score) * factor + entry;
+  store<Real>(score, entry == -kInfinity<Real> ? entry : sum);
+}
+
+// s = factor * s + mask for every row; a mask with row stride 0 is one entry a key.
+template <typename T, typename Real>
+void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
+                   Real* s) {
+  constexpr int64_t kW = kLanes<Real>;
+  const int64_t column = mask.stride[3];
+  for (int64_t j0 = 0; j0 < keys; j0 += kW) {
+    const int64_t count = std::min(kW, keys - j0);
+    const T* from = at<const T>(mask, rows.batch, rows.head, rows.first, key + j0);
+    Real* block = s + j0 * kRows<Real>;
+    if (mask.stride[2] == 0) {
+      const Vec<Real> entries = mask_entries<Real>(from, column, count);
+      for (int64_t j = 0; j < count; ++j) {
+        const Vec<Real> entry = broadcast<Real>(entries[j]);
+        for (int64_t v = 0; v < rows.vectors; ++v) {
+          add_entry(factor, entry, block + j * kRows<Real> + v * kW);
+        }
+      }
+      continue;
+    }
+    for (int64_t first = 0; first < rows.count; first += kW) {
+      Vec<Real> square[kW];
+      for (int64_t i = 0; i < kW; ++i) {
+        const bool exists = first + i < rows.count;
+        square[i] = exists ? mask_entries<Real>(from + (first + i) * mask.stride[2], column, count)
+                           : Vec<Real>{};
+      }
+      transpose<Real>(square);
+      for (int64_t j = 0; j < count; ++j) {
+        add_entry(factor, square[j], block + j * kRows<Real> + first);
+      }
+    }
+  }
+}
+
+template <typename Real>
+void apply_mask(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
+                Real* s) {
+  if (mask.dtype == DType::kBool) return apply_mask_of<uint8_t>(mask, rows, key, keys, factor, s);
+  if constexpr (std::is_same_v<Real, float>) {
+    if (mask.dtype == DType::kBFloat16) {
+      return apply_mask_of<BFloat16>(mask, rows, key, keys, factor, s);
+    }
+    if (mask.dtype == DType::kFloat16) {
+      return apply_mask_of<Float16>(mask, rows, key, keys, factor, s);
+    }
+  }
+  apply_mask_of<Real>(mask, rows, key, keys, factor, s);  // no other float goes with a float64
+}
+
+// Hide what lies beyond the window or the diagonal.
+template <typename Real>
+void apply_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
+  const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
+  if (key + keys - 1 <= low + p.right && key >= high - p.left) return;  // all of it is visible
+  const Vec<Real> lane = lane_index<Real>();
+  const Vec<Real> hidden = broadcast(-kInfinity<Real>);
+  for (int64_t j = 0; j < keys; ++j) {
+    // Row i of the block sees the key if lowest <= i <= highest.
+    const int64_t middle = key + j - p.diagonal - rows.first;
+    const Real lowest = static_cast<Real>(std::clamp<int64_t>(middle - p.right, 0, kRows<Real>));
+    const Real highest = static_cast<Real>(std::clamp<int64_t>(middle + p.left, -1, kRows<Real>));
+    for (int64_t v = 0; v < rows.vectors; ++v) {
+      Real* score = s + j * kRows<Real> + v * kLanes<Real>;
+      const Vec<Real> row = lane + static_cast<Real>(v * kLanes<Real>);
+      Vec<Real> x = load(score);
+      x = row < lowest ? hidden : x;
+      store<Real>(score, row > highest ? hidden : x);
+    }
+  }
+}
+
+// s = softcap * tanh(factor * s) in log2 units; slope = the derivative of tanh, if wanted.
+template <typename Real>
+void apply_softcap(Real softcap, Real factor, const RowBlock& rows, int64_t keys, Real* s,
+                   Real* slope) {
+  const Real bound = softcap * static_cast<Real>(kLog2E);
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t v = 0; v < rows.vectors; ++v) {
+      const int64_t index = j * kRows<Real> + v * kLanes<Real>;
+      const Vec<Real> t = tanh<Real>(load(s + index) * factor);
+      store<Real>(s + index, t * bound);
+      if (slope) store<Real>(slope + index, Real(1) - t * t);
+    }
+  }
+}
+
+// s = factor * s - slope * distance from the diagonal, in log2 units.
+template <typename Real>
+void apply_alibi(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
+                 Real* s) {
+  const Real slope =
+      *at<const Real>(p.alibi_slopes, rows.batch, rows.head, 0) * static_cast<Real>(kLog2E);
+  const Vec<Real> lane = lane_index<Real>();
+  for (int64_t j = 0; j < keys; ++j) {
+    const Real offset = static_cast<Real>(rows.first + p.diagonal - key - j);
+    for (int64_t v = 0; v < rows.vectors; ++v) {
+      Real* score = s + j * kRows<Real> + v * kLanes<Real>;
+      const Vec<Real> distance = lane + (offset + static_cast<Real>(v * kLanes<Real>));
+      store<Real>(score, load(score) * factor - slope * simd_max<Real>(distance, -distance));
+    }
+  }
+}
+
+// What queries are multiplied with when they are packed: the scale's sign, so that the factor on the
+// scores is positive and maxima are maxima; 0 if the scale is 0.
+template <typename Real>
+inline Real query_factor(const Problem& p) {
+  return p.scale > 0 ? Real(1) : p.scale < 0 ? Real(-1) : Real(0);
+}
+
+// Scores of one tile in s[key][row], -inf where hidden. Returns the factor that takes them to log2
+// units.
+template <typename Element, typename Real>
+Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
+                    int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
+                    Real* s, Real* slope) {
+  const int64_t depth = (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
+  multiply<false>(keys, rows.vectors, depth, k, k_stride, queries, kRows<Real>,
+                  Into<Real>{s, kRows<Real>});
+  const double scale = p.scale == 0 ? 1 : std::abs(p.scale);
+  Real factor = std::max(static_cast<Real>(scale * kLog2E), std::numeric_limits<Real>::min());
+  if (p.softcap != 0) {
+    apply_softcap(static_cast<Real>(p.softcap), static_cast<Real>(scale / p.softcap), rows, keys, s,
+                  slope);
+    factor = 1;
+  }
+  if (p.alibi_slopes) {
+    apply_alibi(p, rows, key, keys, factor, s);
+    factor = 1;
+  }
+  if (kind != TileKind::kEdge) return factor;
+  for (const View* mask : {&p.mask, &p.key_mask}) {
+    if (!*mask) continue;
+    apply_mask(*mask, rows, key, keys, factor, s);
+    factor = 1;
+  }
+  apply_window(p, rows, key, keys, s);
+  return factor;
+}
+
+// keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.
+template <typename Real>
+void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
+                     Real* keep) {
+  constexpr int64_t kCount = (kRows<Real> + kWordLanes - 1) / kWordLanes;
+  const Real factor = static_cast<Real>(1.0 / (1.0 - p.dropout_p));
+  const uint32_t head = static_cast<uint32_t>(rows.batch * p.query_heads + rows.head);
+  const uint32_t first_row = static_cast<uint32_t>(p.query_start + rows.first);
+  Words lane;
+  for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+  alignas(kVectorBytes) uint32_t words[4][kCount * kWordLanes];
+  for (int64_t j = 0; j < keys;) {
+    const uint32_t column = static_cast<uint32_t>(p.key_start + key + j);
+    for (int64_t v = 0; v < kCount; ++v) {
+      Words counter[4] = {Words{} + (column >> 2),
+                          lane + (first_row + static_cast<uint32_t>(v * kWordLanes)),
+                          Words{} + head, Words{} + p.offset};
+      philox(counter, p.seed, multiply_words);
+      for (int w = 0; w < 4; ++w) std::memcpy(words[w] + v * kWordLanes, &counter[w], kVectorBytes);
+    }
+    for (uint32_t w = column & 3; w < 4 && j < keys; ++w, ++j) {
+      Real* row = keep + j * kRows<Real>;
+      for (int64_t i = 0; i < rows.vectors * kLanes<Real>; ++i) {
+        row[i] = words[w][i] >= p.dropout_threshold ? factor : Real(0);
+      }
+    }
+  }
+}
+
+// hidden[key][row]: which pairs the masks forbid, for the careful products below.
+template <typename Real>
+void record_hidden(const Real* s, int64_t keys, uint8_t* hidden) {
+  for (int64_t i = 0; i < keys * kRows<Real>; ++i) hidden[i] = s[i] == -kInfinity<Real>;
+}
