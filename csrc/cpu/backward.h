@@ -196,7 +196,7 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   const Element* k =
       as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
   const Real factor =
-      compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope);
+      compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope, static_cast<Real*>(nullptr));
   const bool careful = kind == TileKind::kEdge &&
                        !(block.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   if (careful) record_hidden(w.scores, keys, w.hidden);

@@ -15,7 +15,7 @@
 template <typename Real, typename Element>
 struct ForwardWorkspace {
   Element *queries, *keys, *values, *weights;
-  Real *scores, *output, *keep, *max, *sum, *scale;
+  Real *scores, *output, *keep, *max, *sum, *scale, *top;
   uint8_t* hidden;
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
@@ -24,13 +24,13 @@ struct ForwardWorkspace {
     keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
     values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
     scores = arena.take<Real>(tile);
-    weights = kDepth<Element> == 1 ? reinterpret_cast<Element*>(scores)
-                                   : arena.take<Element>(tile / kDepth<Element>);
+    weights = reinterpret_cast<Element*>(scores);
     output = arena.take<Real>(p.value_dim * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
     max = arena.take<Real>(kRows<Real>);
     sum = arena.take<Real>(kRows<Real>);
     scale = arena.take<Real>(kRows<Real>);
+    top = arena.take<Real>(kRows<Real>);
     hidden = arena.take<uint8_t>(tile);
   }
 };
@@ -43,33 +43,25 @@ void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& ro
   constexpr int64_t kStride = kRows<Real>;
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
     Real* s = w.scores + lane;
-    Vec<Real> top[4];  // independent chains
-    for (Vec<Real>& x : top) x = broadcast(-kInfinity<Real>);
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4) {
-      for (int i = 0; i < 4; ++i) top[i] = simd_max<Real>(load(s + (j + i) * kStride), top[i]);
-    }
-    for (; j < keys; ++j) top[0] = simd_max<Real>(load(s + j * kStride), top[0]);
-    top[0] = simd_max<Real>(simd_max<Real>(top[0], top[1]), simd_max<Real>(top[2], top[3]));
-
     const Vec<Real> before = load(w.max + lane);
-    const Vec<Real> after = simd_max<Real>(top[0] * factor, before);
+    const Vec<Real> after = simd_max<Real>(load(w.top + lane) * factor, before);
     // A row that has seen nothing yet has -inf here; exp2(-inf - 0) is the 0 that it needs.
     const Vec<Real> shift = after == -kInfinity<Real> ? Vec<Real>{} : after;
     const Vec<Real> scale = exp2<Real>(before - shift);
     Vec<Real> total = load(w.sum + lane) * scale;
     const auto weight_of_key = [&](int64_t key) {
-      const Vec<Real> weight = exp2<Real>(load(s + key * kStride) * factor - shift);
+      const Vec<Real> x = load(s + key * kStride) * factor - shift;
+      const Vec<Real> weight = exp2_for<Element>(x);
       total += weight;
       return keep ? weight * load(keep + key * kStride + lane) : weight;
     };
     if constexpr (kDepth<Element> == 1) {
-      for (j = 0; j < keys; ++j) store<Real>(s + j * kStride, weight_of_key(j));
+      for (int64_t j = 0; j < keys; ++j) store<Real>(s + j * kStride, weight_of_key(j));
     } else {
-      for (j = 0; j < keys; j += 2) {
+      for (int64_t j = 0; j < keys; j += 2) {
         const Vec<Real> first = weight_of_key(j);
         const Vec<Real> second = j + 1 < keys ? weight_of_key(j + 1) : Vec<Real>{};
-        store_packed(w.weights + j / 2 * kStride + lane, as_pairs(round_both(first, second)));
+        store_packed(w.weights + j * kStride + lane, as_pairs(round_both(first, second)));
       }
     }
     store<Real>(w.max + lane, after);
@@ -92,7 +84,7 @@ void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, i
       if constexpr (kDepth<Element> == 1) {
         weight = w.weights[index];
       } else {
-        const uint32_t pair = w.weights[j / 2 * kRows<Real> + i].bits;
+        const uint32_t pair = w.weights[j / 2 * 2 * kRows<Real> + i].bits;
         weight = to_float(BFloat16{static_cast<uint16_t>(j % 2 ? pair >> 16 : pair)});
       }
       for (int64_t d = 0; d < p.value_dim; ++d) {
@@ -112,7 +104,7 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
       as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2], keys,
                   p.head_dim, false, w.keys, &stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                                     static_cast<Real*>(nullptr));
+                                     static_cast<Real*>(nullptr), w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   update_softmax(w, rows, keys, factor, p.dropout_p > 0 ? w.keep : nullptr);
@@ -129,7 +121,7 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   } else {
     const Element* v = packed.tile(rows, key, keys, w.values);
     multiply<false>(p.value_dim, rows.vectors, (keys + 1) / 2, v, kKeys / 2, w.weights,
-                    kRows<Real>, output);
+                    2 * kRows<Real>, output);
   }
 }
 

@@ -8,21 +8,24 @@
 // file.
 
 #if ATTN_EXT_VECTOR_BYTES == 64
-constexpr int kTileRows[5] = {0, 12, 12, 8, 6};  // by NR; 32 registers
+constexpr int kTileRows[5] = {0, 16, 8, 8, 6};  // by NR; 32 registers
 #else
 constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
 
-// Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C.
+// Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
+// `top` is given it becomes the maximum of itself and each column of C = A B.
 template <typename Real>
 struct Into {
   Real* c;
   int64_t stride;
   bool accumulate = false;
   const Real* scale = nullptr;
+  Real* top = nullptr;
 
   Into at(int64_t row, int64_t column) const {
-    return {c + row * stride + column, stride, accumulate, scale ? scale + column : nullptr};
+    return {c + row * stride + column, stride, accumulate, scale ? scale + column : nullptr,
+            top ? top + column : nullptr};
   }
 };
 
@@ -41,6 +44,15 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       const Element x = kRowsAdjacent ? a[m + k * lda] : a[m * lda + k];
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
+    }
+  }
+  if (into.top) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      Vec<Real> top = load(into.top + n * kW);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) top = simd_max<Real>(sum[m][n], top);
+      store<Real>(into.top + n * kW, top);
     }
   }
 #pragma GCC unroll 16

@@ -154,15 +154,28 @@ inline Real query_factor(const Problem& p) {
   return p.scale > 0 ? Real(1) : p.scale < 0 ? Real(-1) : Real(0);
 }
 
+// top[row] = the largest score of each row.
+template <typename Real>
+void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
+  for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
+    Vec<Real> highest = broadcast(-kInfinity<Real>);
+    for (int64_t j = 0; j < keys; ++j) {
+      highest = simd_max<Real>(load(s + j * kRows<Real> + lane), highest);
+    }
+    store<Real>(top + lane, highest);
+  }
+}
+
 // Scores of one tile in s[key][row], -inf where hidden. Returns the factor that takes them to log2
-// units.
+// units. `slope`: the softcap's derivative; `top`: each row's largest score; either may be null.
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
-                    Real* s, Real* slope) {
+                    Real* s, Real* slope, Real* top) {
   const int64_t depth = (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
+  if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   multiply<false>(keys, rows.vectors, depth, k, k_stride, queries, kRows<Real>,
-                  Into<Real>{s, kRows<Real>});
+                  Into<Real>{s, kRows<Real>, false, nullptr, top});
   const double scale = p.scale == 0 ? 1 : std::abs(p.scale);
   Real factor = std::max(static_cast<Real>(scale * kLog2E), std::numeric_limits<Real>::min());
   if (p.softcap != 0) {
@@ -174,13 +187,17 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
     apply_alibi(p, rows, key, keys, factor, s);
     factor = 1;
   }
-  if (kind != TileKind::kEdge) return factor;
+  if (kind != TileKind::kEdge) {
+    if (top && (p.softcap != 0 || p.alibi_slopes)) find_maxima(rows, keys, s, top);
+    return factor;
+  }
   for (const View* mask : {&p.mask, &p.key_mask}) {
     if (!*mask) continue;
     apply_mask(*mask, rows, key, keys, factor, s);
     factor = 1;
   }
   apply_window(p, rows, key, keys, s);
+  if (top) find_maxima(rows, keys, s, top);
   return factor;
 }
 

@@ -29,6 +29,8 @@ struct Simd<float> {
   static constexpr float kExp2[] = {0.69314720285873210f,   0.24022647913122761f,
                                     0.055503324653332853f,  0.0096184373909533050f,
                                     0.0013398876242775026f, 0.00015353357278624635f};
+  // For results that are rounded to bfloat16: relative error below 3e-6.
+  static constexpr float kShortExp2[] = {0.69312419f, 0.24024099f, 0.055906425f, 0.0095828528f};
 };
 
 template <>
@@ -77,6 +79,11 @@ inline Vec<Real> lane_index() {
 // If either is NaN the result is b, as x86's maximum instruction has it.
 template <typename Real>
 inline Vec<Real> simd_max(Vec<Real> a, Vec<Real> b) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(Real) == 4) return (Vec<Real>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
+  if constexpr (sizeof(Real) == 4) return (Vec<Real>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -94,30 +101,35 @@ inline bool any(Int mask) {
 #endif
 }
 
-// 2^x = 2^n (1 + f q(f)): n and q are given back, and f. For |x| up to 2^20.
-template <typename Real>
-inline void split_exp2(Vec<Real> x, Vec<Real>* power, Vec<Real>* f, Vec<Real>* q) {
+// 2^x = 2^n (1 + f q(f)), q being the polynomial of these coefficients: 2^n, f and q(f) are given
+// back. For |x| up to 2^20.
+template <typename Real, int kTerms>
+inline void split_exp2(Vec<Real> x, const Real (&terms)[kTerms], Vec<Real>* power, Vec<Real>* f,
+                       Vec<Real>* q) {
   using S = Simd<Real>;
   using IntVec = typename VecOf<Real>::IntType;
   const Real magic = S::kRoundToInt + static_cast<Real>(S::kBias);
   const Vec<Real> shifted = x + magic;  // low bits: n + bias
   *power = reinterpret_cast<Vec<Real>>(reinterpret_cast<IntVec>(shifted) << S::kMantissaBits);
   *f = x - (shifted - magic);
-  constexpr int kTerms = sizeof(S::kExp2) / sizeof(Real);
-  Vec<Real> sum = broadcast(S::kExp2[kTerms - 1]);
+  Vec<Real> sum = broadcast(terms[kTerms - 1]);
 #pragma GCC unroll 16
-  for (int i = kTerms - 2; i >= 0; --i) sum = sum * *f + S::kExp2[i];
+  for (int i = kTerms - 2; i >= 0; --i) sum = sum * *f + terms[i];
   *q = sum;
 }
 
-// Relative error below 2e-9 plus rounding (float), 1e-16 (double); NaN stays NaN. For x up to 1.
-// 0 where the result would be well below the smallest normal number.
-template <typename Real>
-inline Vec<Real> exp2(Vec<Real> x) {
+// 0 where the result would be well below the smallest normal number; NaN stays NaN. For x up to 1.
+template <typename Real, int kTerms>
+inline Vec<Real> exp2_by(Vec<Real> x, const Real (&terms)[kTerms]) {
   const Vec<Real> lowest = broadcast(static_cast<Real>(-Simd<Real>::kBias));  // its power is 0
   Vec<Real> power, f, q;
-  split_exp2<Real>(simd_max<Real>(lowest, x), &power, &f, &q);
+  split_exp2<Real>(simd_max<Real>(lowest, x), terms, &power, &f, &q);
   return (f * q + Real(1)) * power;
+}
+// Relative error below 2e-9 plus rounding (float), 1e-16 (double).
+template <typename Real>
+inline Vec<Real> exp2(Vec<Real> x) {
+  return exp2_by<Real>(x, Simd<Real>::kExp2);
 }
 
 // The same for any x: inf where the result overflows.
@@ -134,7 +146,7 @@ inline Vec<Real> tanh(Vec<Real> x) {
   Vec<Real> clamped = x > limit ? broadcast(limit) : x;
   clamped = clamped < -limit ? broadcast(-limit) : clamped;
   Vec<Real> power, f, q;
-  split_exp2<Real>(clamped * Real(2.8853900817779268147), &power, &f, &q);
+  split_exp2<Real>(clamped * Real(2.8853900817779268147), Simd<Real>::kExp2, &power, &f, &q);
   const Vec<Real> expm1 = power * (f * q) + (power - Real(1));
   return expm1 / (expm1 + Real(2));
 }
@@ -346,6 +358,17 @@ struct PackedOf<BFloat16Pair> {
   using Real = float;
   using Type = Words;
 };
+
+// exp2 as accurate as what is made of it.
+template <typename Element>
+inline Vec<typename PackedOf<Element>::Real> exp2_for(Vec<typename PackedOf<Element>::Real> x) {
+  if constexpr (kDepth<Element> == 1) {
+    return exp2<Element>(x);
+  } else {
+    return exp2_by<float>(x, Simd<float>::kShortExp2);
+  }
+}
+
 template <typename Element>
 using Packed = typename PackedOf<Element>::Type;  // a vector of elements
 
@@ -391,9 +414,8 @@ inline void store_halves(BFloat16Pair* first, BFloat16Pair* second, Words halves
 }
 inline Words as_pairs(Words halves) {
   typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
-  constexpr auto kLaneNumbers = std::make_integer_sequence<int, 2 * kWordLanes>{};
-  const Shorts first = (Shorts)halves, second = (Shorts)_mm512_shuffle_i64x2(
-      (__m512i)halves, (__m512i)halves, 0x4E);  // the other 16
-  return (Words)interleave<Shorts, 2 * kWordLanes, false>(first, second, kLaneNumbers);
+  Shorts order;  // 0, 16, 1, 17, ...
+  for (int i = 0; i < 2 * kWordLanes; ++i) order[i] = static_cast<uint16_t>(i % 2 * 16 + i / 2);
+  return (Words)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
 }
 #endif

@@ -4,7 +4,7 @@
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
 
-constexpr int64_t kKeys = 64;
+constexpr int64_t kKeys = 128;
 template <typename Real>
 constexpr int64_t kRows = 3 * kLanes<Real>;  // query rows in a block: 48, 24 or 12 floats
 
