@@ -11,6 +11,7 @@ HEADERS = [
     "csrc/attention.h",
     "csrc/philox.h",
     "csrc/cpu/backward.h",
+    "csrc/cpu/decode.h",
     "csrc/cpu/forward.h",
     "csrc/cpu/headers.h",
     "csrc/cpu/instruction_set.h",

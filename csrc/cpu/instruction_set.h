@@ -16,58 +16,67 @@ namespace {
 //
 #include "forward.h"
 //
+#include "decode.h"
+//
 #include "weights.h"
 //
 #include "backward.h"
 
 // Runs `call` with values of the storage type, the compute type and the type of the elements that
-// are multiplied. False: another file's kernels must run it.
+// are multiplied.
 template <typename Call>
-bool with_types(const Problem& p, Call call) {
+void with_types(DType dtype, Call call) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  if (p.dtype != DType::kBFloat16 || p.scale <= 0) return false;
+  (void)dtype;  // see left_to_avx512
   call(BFloat16{}, float{}, BFloat16Pair{});
 #else
-  switch (p.dtype) {
+  switch (dtype) {
     case DType::kFloat32:
-      call(float{}, float{}, float{});
-      break;
+      return call(float{}, float{}, float{});
     case DType::kBFloat16:
-      call(BFloat16{}, float{}, float{});
-      break;
+      return call(BFloat16{}, float{}, float{});
     case DType::kFloat16:
-      call(Float16{}, float{}, float{});
-      break;
+      return call(Float16{}, float{}, float{});
     default:
-      call(double{}, double{}, double{});
+      return call(double{}, double{}, double{});
   }
 #endif
-  return true;
 }
 
-#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-constexpr const Kernels* kOthers = &kAvx512Kernels;
-#else
-constexpr const Kernels* kOthers = nullptr;
-#endif
+// Pairs of bfloat16 can't be multiplied with a scale's sign.
+[[maybe_unused]] inline bool left_to_avx512(const Problem& p) {
+  return p.dtype != DType::kBFloat16 || p.scale <= 0;
+}
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
-  const auto call = [&](auto t, auto real, auto element) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  if (left_to_avx512(p) || suits_decode(p)) return kAvx512Kernels.forward(p, to, threads);
+#else
+  if (suits_decode(p)) {
+    return with_types(p.dtype, [&](auto t, auto real, auto) {
+      decode<decltype(t), decltype(real)>(p, to, threads);
+    });
+  }
+#endif
+  with_types(p.dtype, [&](auto t, auto real, auto element) {
     forward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
-  };
-  if (!with_types(p, call)) kOthers->forward(p, to, threads);
+  });
 }
 void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
-  const auto call = [&](auto t, auto real, auto element) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  if (left_to_avx512(p)) return kAvx512Kernels.backward(p, to, threads);
+#endif
+  with_types(p.dtype, [&](auto t, auto real, auto element) {
     backward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
-  };
-  if (!with_types(p, call)) kOthers->backward(p, to, threads);
+  });
 }
 void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
-  const auto call = [&](auto t, auto real, auto element) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  if (left_to_avx512(p)) return kAvx512Kernels.weights(p, to, threads);
+#endif
+  with_types(p.dtype, [&](auto t, auto real, auto element) {
     weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
-  };
-  if (!with_types(p, call)) kOthers->weights(p, to, threads);
+  });
 }
 
 }  // namespace

@@ -78,19 +78,23 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
   }
 }
 
+// Runs `call` with a value of the type of a mask's entries; bytes are bools.
+template <typename Real, typename Call>
+void with_mask_type(DType dtype, Call call) {
+  if (dtype == DType::kBool) return call(uint8_t{});
+  if constexpr (std::is_same_v<Real, float>) {
+    if (dtype == DType::kBFloat16) return call(BFloat16{});
+    if (dtype == DType::kFloat16) return call(Float16{});
+  }
+  call(Real{});  // no other float goes with a float64
+}
+
 template <typename Real>
 void apply_mask(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
                 Real* s) {
-  if (mask.dtype == DType::kBool) return apply_mask_of<uint8_t>(mask, rows, key, keys, factor, s);
-  if constexpr (std::is_same_v<Real, float>) {
-    if (mask.dtype == DType::kBFloat16) {
-      return apply_mask_of<BFloat16>(mask, rows, key, keys, factor, s);
-    }
-    if (mask.dtype == DType::kFloat16) {
-      return apply_mask_of<Float16>(mask, rows, key, keys, factor, s);
-    }
-  }
-  apply_mask_of<Real>(mask, rows, key, keys, factor, s);  // no other float goes with a float64
+  with_mask_type<Real>(mask.dtype, [&](auto type) {
+    apply_mask_of<decltype(type)>(mask, rows, key, keys, factor, s);
+  });
 }
 
 // Hide what lies beyond the window or the diagonal.
