@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp bench/*.cpp)
 
-.PHONY: demo test exhaustive sanitize bench lint format stubs wheel clean
+.PHONY: demo test exhaustive sanitize bench bench-cpu lint format stubs wheel clean
 
 demo: .venv/built  ## train a small language model with stock attention and with ours, side by side
 	$(BIN)/python -m examples.demo
@@ -20,6 +20,9 @@ sanitize: .venv/built  ## the contract suite under AddressSanitizer and Undefine
 
 bench: .venv/built  ## the figures that README quotes
 	$(BIN)/python -m bench.report
+
+bench-cpu: .venv/built  ## the CPU kernels against their targets and the machine's measured peak
+	$(BIN)/python -m bench.cpu
 
 lint: .venv/built  ## formatting, style, types, stubs
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,21 +33,40 @@ class Comparison:
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> Comparison:
     """Time two functions in alternating rounds of about 50 ms, with rests against throttling."""
-    calls = []
-    for function in (ours, theirs):
-        function()
-        start = time.perf_counter()
-        function()
-        calls.append(max(1, round(ROUND_SECONDS / (time.perf_counter() - start))))
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for function, count, record in zip((ours, theirs), calls, times, strict=True):
-            time.sleep(REST_SECONDS)
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            record.append((time.perf_counter() - start) / count)
+    times = alternate((timed(ours), timed(theirs)), rounds, REST_SECONDS)
     return Comparison(statistics.median(times[0]), statistics.median(times[1]))
+
+
+def timed(function: Callable[[], object], burst: float = ROUND_SECONDS) -> Callable[[], float]:
+    """A function that gives the seconds of a call, averaged over `burst` seconds or one call."""
+    function()
+    start = time.perf_counter()
+    function()
+    count = max(1, round(burst / (time.perf_counter() - start)))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            function()
+        return (time.perf_counter() - start) / count
+
+    return seconds
+
+
+def alternate(
+    sides: Sequence[Callable[[], float]], rounds: int, rest: float = REST_SECONDS
+) -> list[list[float]]:
+    """What each side measured in each round; sides take turns, after `rest` seconds each.
+
+    Every other round goes backwards, so that no side always follows the same other.
+    """
+    results: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds):
+        turns = list(zip(sides, results, strict=True))
+        for side, result in reversed(turns) if number % 2 else turns:
+            time.sleep(rest)
+            result.append(side())
+    return results
 
 
 def machine() -> str:

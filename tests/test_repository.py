@@ -28,8 +28,8 @@ def test_paths_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_exist(document: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"\bmake ([a-z]+)\b(?= *[`#\n;.,:])", (ROOT / document).read_text()):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"\bmake ([a-z-]+)\b(?= *[`#\n;.,:])", (ROOT / document).read_text()):
         assert target in targets, target
 
 
