@@ -21,63 +21,154 @@ struct DecodeWorkspace {
   Real *queries, *scores, *output, *max, *sum;
 
   DecodeWorkspace(Arena& arena, const Problem& p) {
-    queries = arena.take<Real>(kDecodeRows * padded<Real>(p.head_dim));
+    queries = arena.take<Real>(kDecodeRows * (p.head_dim + 2 * kLanes<Real>));
     scores = arena.take<Real>(kDecodeRows * kKeys);
-    output = arena.take<Real>(kDecodeRows * padded<Real>(p.value_dim));
+    output = arena.take<Real>(kDecodeRows * (p.value_dim + 2 * kLanes<Real>));
     max = arena.take<Real>(kDecodeRows);
     sum = arena.take<Real>(kDecodeRows);
   }
 };
 
-// scores[r][key] = q_r k: one vector of partial sums a key, summed by transposing a square of them.
-template <int kRowCount, typename T, typename Real>
-void dot_products(const T* keys, int64_t stride, int64_t count, int64_t width,
-                  const DecodeWorkspace<Real>& w) {
+// Rows of keys or values that are read one after the other, and what is read after them.
+template <typename T>
+struct Stream {
+  const T* rows;
+  int64_t stride, count, width;
+  const T* next_rows;
+  int64_t next_stride;
+  int64_t bytes = width * static_cast<int64_t>(sizeof(T)), ahead = 1 + kAheadBytes / bytes;
+
+  static constexpr int64_t kAheadBytes = 4096;
+
+  const T* row(int64_t index) const { return rows + std::min(index, count - 1) * stride; }
+  // Asks for a row some KiB ahead, sooner than the hardware's prefetchers do.
+  void prefetch(int64_t index) const {
+    index += ahead;
+    const T* from = index < count ? rows + index * stride : next_rows + (index - count) * next_stride;
+    for (int64_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
+    }
+  }
+};
+
+// Where the value at d of a row lies in what this file makes of it: the even values of two vectors
+// of bfloat16 come first, then the odd ones, since a shift and a mask bring them there.
+template <typename T, typename Real>
+inline int64_t place(int64_t d) {
   constexpr int64_t kW = kLanes<Real>;
-  for (int64_t first = 0; first < count; first += kW) {
+  if (!std::is_same_v<T, BFloat16>) return d;
+  return d / (2 * kW) * (2 * kW) + d % 2 * kW + d % (2 * kW) / 2;
+}
+template <typename T, typename Real>
+inline int64_t place_count(int64_t width) {
+  constexpr int64_t kW = (std::is_same_v<T, BFloat16> ? 2 : 1) * kLanes<Real>;
+  return (width + kW - 1) / kW * kW;
+}
+
+// Keys or values that are worked on at once, so that what they share is loaded once.
+template <int kRowCount>
+constexpr int kAtOnce = kRowCount <= 4 ? 4 : 2;
+
+// Calls add(vectors, at) with kCount rows from `first` on, vector by vector in the order of place().
+template <int kCount, typename Real, typename T, typename Add>
+inline __attribute__((always_inline)) void for_each_column(const Stream<T>& stream, int64_t first,
+                                                           Add add) {
+  constexpr int64_t kW = kLanes<Real>;
+  const T* rows[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    rows[i] = stream.row(first + i);
+    stream.prefetch(first + i);
+  }
+  Vec<Real> x[kCount], odd[kCount];
+  const auto step = [&](auto load_at, int64_t d) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) {
+        const Words pairs = reinterpret_cast<Words>(load_at(rows[i], d / 2));
+        x[i] = reinterpret_cast<Vec<float>>(pairs << 16);
+        odd[i] = reinterpret_cast<Vec<float>>(pairs & 0xFFFF0000u);
+      }
+      add(x, d);
+      add(odd, d + kW);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) x[i] = load_at(rows[i], d);
+      add(x, d);
+    }
+  };
+  constexpr int64_t kStep = std::is_same_v<T, BFloat16> ? 2 * kW : kW;
+  const int64_t whole = stream.width / kStep * kStep;
+  const auto load_whole = [](const T* row, int64_t at) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return load(reinterpret_cast<const float*>(row) + at);
+    } else {
+      return load_as(row + at);
+    }
+  };
+  const auto load_rest = [&](const T* row, int64_t at) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return load_pairs(row, at, stream.width);
+    } else {
+      return load_some<Real>(row + at, stream.width - at);
+    }
+  };
+  for (int64_t d = 0; d < whole; d += kStep) step(load_whole, d);
+  if (whole < stream.width) step(load_rest, whole);
+}
+
+// scores[r][key] = q_r k.
+template <int kRowCount, typename T, typename Real>
+void dot_products(const Stream<T>& keys, const DecodeWorkspace<Real>& w) {
+  constexpr int kCount = kAtOnce<kRowCount>;
+  constexpr int64_t kW = std::max<int64_t>(kLanes<Real>, kCount);
+  const int64_t stride = place_count<T, Real>(keys.width);
+  for (int64_t first = 0; first < keys.count; first += kW) {
     Vec<Real> sums[kRowCount][kW];
-    for (int64_t j = 0; j < kW; ++j) {
-      const T* key = keys + std::min(first + j, count - 1) * stride;
-      Vec<Real> sum[kRowCount] = {};
-      for (int64_t d = 0; d < width; d += kW) {
-        const Vec<Real> k = load_some<Real>(key + d, width - d);
+    for (int64_t j = 0; j < kW; j += kCount) {
+      Vec<Real> sum[kRowCount][kCount] = {};
+      for_each_column<kCount, Real>(keys, first + j, [&](const Vec<Real>* k, int64_t d) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRowCount; ++r) {
-          sum[r] += k * load(w.queries + r * padded<Real>(width) + d);
+          const Vec<Real> query = load(w.queries + r * stride + d);
+#pragma GCC unroll 4
+          for (int i = 0; i < kCount; ++i) sum[r][i] += query * k[i];
         }
-      }
+      });
 #pragma GCC unroll 8
-      for (int r = 0; r < kRowCount; ++r) sums[r][j] = sum[r];
+      for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sums[r][j + i] = sum[r][i];
+      }
     }
     for (int r = 0; r < kRowCount; ++r) {
-      transpose<Real>(sums[r]);
-      for (int64_t half = kW / 2; half > 0; half /= 2) {
-        for (int64_t j = 0; j < half; ++j) sums[r][j] += sums[r][j + half];
+      for (int64_t j = 0; j < kW; j += kLanes<Real>) {
+        store<Real>(w.scores + r * kKeys + first + j, sums_of_lanes<Real>(sums[r] + j));
       }
-      store<Real>(w.scores + r * kKeys + first, sums[r][0]);
     }
   }
 }
 
-// output[r] += sum over keys of scores[r][key] v_key.
+// output[r] += sum over keys of scores[r][key] v_key; scores are 0 beyond the last key.
 template <int kRowCount, typename T, typename Real>
-void add_values(const T* values, int64_t stride, int64_t count, int64_t width,
-                const DecodeWorkspace<Real>& w) {
-  constexpr int64_t kAtOnce = 4;
-  for (int64_t j = 0; j < count; j += kAtOnce) {  // the last ones' weights are 0
-    const T* rows[kAtOnce];
-    for (int64_t i = 0; i < kAtOnce; ++i) rows[i] = values + std::min(j + i, count - 1) * stride;
-    for (int64_t d = 0; d < width; d += kLanes<Real>) {
-      Vec<Real> v[kAtOnce];
-      for (int64_t i = 0; i < kAtOnce; ++i) v[i] = load_some<Real>(rows[i] + d, width - d);
+void add_values(const Stream<T>& values, const DecodeWorkspace<Real>& w) {
+  constexpr int kCount = kAtOnce<kRowCount>;
+  const int64_t stride = place_count<T, Real>(values.width);
+  for (int64_t j = 0; j < values.count; j += kCount) {
+    Vec<Real> weights[kRowCount][kCount];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) weights[r][i] = broadcast(w.scores[r * kKeys + j + i]);
+    }
+    for_each_column<kCount, Real>(values, j, [&](const Vec<Real>* v, int64_t d) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRowCount; ++r) {
-        Real* output = w.output + r * padded<Real>(width) + d;
-        Vec<Real> sum = load(output);
-        for (int64_t i = 0; i < kAtOnce; ++i) sum += w.scores[r * kKeys + j + i] * v[i];
-        store<Real>(output, sum);
+        Vec<Real> sum = load(w.output + r * stride + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sum += weights[r][i] * v[i];
+        store<Real>(w.output + r * stride + d, sum);
       }
-    }
+    });
   }
 }
 
@@ -89,7 +180,7 @@ void add_visible_values(const T* values, int64_t stride, int64_t count, int64_t 
   for (int64_t j = 0; j < count; ++j) {
     if (visible[j] == -kInfinity<Real>) continue;
     for (int64_t d = 0; d < width; ++d) {
-      output[d] += weights[j] * static_cast<Real>(to_float(values[j * stride + d]));
+      output[place<T, Real>(d)] += weights[j] * static_cast<Real>(to_float(values[j * stride + d]));
     }
   }
 }
@@ -133,7 +224,7 @@ bool finish_scores(const Problem& p, int64_t batch, int64_t head, int64_t row, i
 
 // Scores become weights; the row's running maximum and sum move, and its output is rescaled.
 template <typename Real>
-void update_row(const Problem& p, int64_t r, int64_t count, const DecodeWorkspace<Real>& w) {
+void update_row(int64_t r, int64_t count, int64_t width, const DecodeWorkspace<Real>& w) {
   Real* s = w.scores + r * kKeys;
   Vec<Real> top = broadcast(-kInfinity<Real>), total{};
   for (int64_t j = 0; j < count; j += kLanes<Real>) top = simd_max<Real>(load(s + j), top);
@@ -151,8 +242,7 @@ void update_row(const Problem& p, int64_t r, int64_t count, const DecodeWorkspac
   for (int64_t i = 0; i < kLanes<Real>; ++i) sum += total[i];
   w.max[r] = after, w.sum[r] = sum;
   if (scale == Real(1)) return;
-  Real* output = w.output + r * padded<Real>(p.value_dim);
-  for (int64_t d = 0; d < padded<Real>(p.value_dim); ++d) output[d] *= scale;
+  for (int64_t i = 0; i < width; ++i) w.output[r * width + i] *= scale;
 }
 
 // The softmax and output of all rows of a key head over the keys of `range`.
@@ -160,13 +250,14 @@ template <int kRowCount, typename T, typename Real>
 void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRange& range,
                  bool first_part, const DecodeWorkspace<Real>& w) {
   const int64_t group = p.query_heads / p.key_heads, count = group * p.query_length;
-  const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
+  const int64_t width = place_count<T, Real>(p.head_dim);
+  const int64_t value_width = place_count<T, Real>(p.value_dim);
   std::fill(w.queries, w.queries + kDecodeRows * width, Real(0));
   for (int64_t r = 0; r < count; ++r) {
     const T* query = at<const T>(p.query, batch, key_head * group + r / p.query_length,
                                  r % p.query_length);
     for (int64_t d = 0; d < p.head_dim; ++d) {
-      w.queries[r * width + d] = static_cast<Real>(to_float(query[d]));
+      w.queries[r * width + place<T, Real>(d)] = static_cast<Real>(to_float(query[d]));
     }
   }
   alignas(kVectorBytes) Real visible[kDecodeRows * kKeys];
@@ -187,21 +278,23 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
           look_at_key_mask(p, batch, key, keys) == TileKind::kSkip) {
         continue;
       }
-      const T* k = at<const T>(p.key, batch, key_head, key);
-      dot_products<kRowCount>(k, p.key.stride[2], keys, p.head_dim, w);
+      const T *k = at<const T>(p.key, batch, key_head, key),
+              *v = at<const T>(p.value, batch, key_head, key);
+      const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];
+      dot_products<kRowCount>(Stream<T>{k, k_stride, keys, p.head_dim, v, v_stride}, w);
       for (int64_t r = 0; r < count; ++r) {
         any_hidden |= finish_scores(p, batch, key_head * group + r / p.query_length,
                                     r % p.query_length, key, keys, w.scores + r * kKeys);
       }
       if (careful) std::copy(w.scores, w.scores + count * kKeys, visible);
-      for (int64_t r = 0; r < count; ++r) update_row(p, r, keys, w);
-      const T* v = at<const T>(p.value, batch, key_head, key);
+      for (int64_t r = 0; r < count; ++r) update_row(r, keys, value_width, w);
       if (!careful) {
-        add_values<kRowCount>(v, p.value.stride[2], keys, p.value_dim, w);
+        const T* next = key + kKeys < range.end ? k + kKeys * k_stride : k;
+        add_values<kRowCount>(Stream<T>{v, v_stride, keys, p.value_dim, next, k_stride}, w);
         continue;
       }
       for (int64_t r = 0; r < count; ++r) {
-        add_visible_values(v, p.value.stride[2], keys, p.value_dim, visible + r * kKeys,
+        add_visible_values(v, v_stride, keys, p.value_dim, visible + r * kKeys,
                            w.scores + r * kKeys, w.output + r * value_width);
       }
     }
@@ -213,21 +306,22 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
 template <typename T, typename Real>
 void write_decoded(const Problem& p, const ForwardArguments& to, int64_t batch, int64_t key_head,
                    const DecodeWorkspace<Real>* parts, int64_t count) {
-  const int64_t group = p.query_heads / p.key_heads, width = padded<Real>(p.value_dim);
+  const int64_t group = p.query_heads / p.key_heads, width = place_count<T, Real>(p.value_dim);
   for (int64_t r = 0; r < group * p.query_length; ++r) {
     const int64_t head = key_head * group + r / p.query_length, row = r % p.query_length;
     Real max = -kInfinity<Real>, sum = 0;
     for (int64_t i = 0; i < count; ++i) max = std::max(max, parts[i].max[r]);
     const Real shift = max == -kInfinity<Real> ? Real(0) : max;
-    for (int64_t i = 0; i < count; ++i) sum += parts[i].sum[r] * std::exp2(parts[i].max[r] - shift);
+    Real* merged = parts[0].output + r * width;
+    for (int64_t i = 0; i < count; ++i) {
+      const Real scale = std::exp2(parts[i].max[r] - shift), *output = parts[i].output + r * width;
+      sum += parts[i].sum[r] * scale;
+      for (int64_t d = 0; d < width; ++d) merged[d] = (i ? merged[d] : 0) + output[d] * scale;
+    }
     const Real inverse = Real(1) / (sum == 0 ? Real(1) : sum);
     T* out = at<T>(to.out, batch, head, row);
-    for (int64_t d = 0; d < p.value_dim; d += kLanes<Real>) {
-      Vec<Real> x{};
-      for (int64_t i = 0; i < count; ++i) {
-        x += load(parts[i].output + r * width + d) * std::exp2(parts[i].max[r] - shift);
-      }
-      store_some<Real>(out + d, x * inverse, p.value_dim - d);
+    for (int64_t d = 0; d < p.value_dim; ++d) {
+      from_float(merged[place<T, Real>(d)] * inverse, out + d);
     }
     *at<Real>(to.lse, batch, head, row) =
         std::isinf(max) ? max : static_cast<Real>(kLn2) * max + std::log(sum);

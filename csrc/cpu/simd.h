@@ -346,6 +346,23 @@ inline __attribute__((always_inline)) void transpose(Vec<Real>* rows) {
   }
 }
 
+// Of rows[i], the sum of all lanes becomes lane i of the result.
+template <typename Real>
+inline __attribute__((always_inline)) Vec<Real> sums_of_lanes(Vec<Real>* rows) {
+  constexpr int kW = kLanes<Real>;
+  constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
+#pragma GCC unroll 4
+  for (int half = kW / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const Vec<Real> a = rows[i], b = rows[i + half];
+      rows[i] = interleave<Vec<Real>, kW, false>(a, b, kLaneNumbers) +
+                interleave<Vec<Real>, kW, true>(a, b, kLaneNumbers);
+    }
+  }
+  return rows[0];
+}
+
 // --- Products of packed operands: float and double by fused multiply-add, bfloat16 in pairs
 
 template <typename Element>
