@@ -3,7 +3,7 @@
 PyTorch hands float32 products to MKL, which runs AVX2 code on AMD processors with AVX-512: 38 % of
 their peak. oneDNN, which PyTorch ships too, reaches 90 % and is in reach through the operator that
 torch.compile generates calls to, `mkldnn::_linear_pointwise`. It takes strided matrices, so that
-the gradients need no copies:
+it computes the gradients too, and copies a transposed first operand itself:
 
     out (M, N) = input (M, K) @ weight (N, K)^T + bias (N)
     d input (M, K) = d out (M, N) @ weight (N, K)
@@ -12,7 +12,8 @@ the gradients need no copies:
 The operator is private, has no derivative and checks nothing. So `linear` uses it only for plain
 float32 tensors in eager mode, behind a torch.autograd.Function and checks of its own, and leaves
 everything else, errors included, to F.linear. Both compute in float32 throughout and differ in the
-order of their sums alone.
+order of their sums alone. oneDNN generates code for every new shape, which takes 0.2 ms once; it
+keeps the latest 1024.
 """
 
 from __future__ import annotations

@@ -183,6 +183,8 @@ class Attend:
             and self.static_k is None
             and self.static_v is None
             and type(q) is Tensor
+            and not torch.is_autocast_enabled("cpu")
+            and q.is_cpu
             and q.dtype in FLOAT_DTYPES
             and 0 < q.numel() < MAX_LENGTH
             and 0 < k.numel() < MAX_LENGTH
