@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
+from attn_ext.linear import linear
 from attn_ext.multihead_forward import Attend, Projection
 
 
@@ -116,6 +117,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         if _no_operation not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_no_operation)
 
+    def _call_impl(self, *arguments: Any, **options: Any) -> Any:
+        """nn.Module's, less its time for hooks where there is only the one that does nothing."""
+        if (
+            len(self._forward_pre_hooks) == 1
+            and not self._forward_hooks
+            and not self._backward_hooks
+            and not self._backward_pre_hooks
+            and not _has_any_global_hook()
+            and not torch.compiler.is_compiling()
+            and torch._C._get_tracing_state() is None
+            and _no_operation in self._forward_pre_hooks.values()
+        ):
+            return self.forward(*arguments, **options)
+        return super()._call_impl(*arguments, **options)
+
     def forward(
         self,
         query: Tensor,
@@ -133,15 +149,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                 is_causal
             )  # fmt: skip
-        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        separate = None
+        if not self._qkv_same_embed_dim:
+            separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return Attend(
             num_heads=self.num_heads,
             embed_dim=self.embed_dim,
-            project=Projection(
-                self.in_proj_weight,
-                None if self._qkv_same_embed_dim else separate,
-                self.in_proj_bias,
-            ),
+            project=Projection(self.in_proj_weight, separate, self.in_proj_bias),
             bias_k=self.bias_k,
             bias_v=self.bias_v,
             add_zero_attn=self.add_zero_attn,
@@ -259,7 +273,7 @@ def multi_head_attention_forward(
         bias_v=bias_v,
         add_zero_attn=add_zero_attn,
         dropout_p=dropout_p if training else 0.0,
-        out_proj=lambda out: F.linear(out, out_proj_weight, out_proj_bias),
+        out_proj=lambda out: linear(out, out_proj_weight, out_proj_bias),
         static_k=static_k,
         static_v=static_v,
     )(

@@ -6,16 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
+from torch.nn.modules.module import _has_any_global_hook
 
+from attn_ext import ops
 from attn_ext.functional import attention, attention_weights
+from attn_ext.linear import linear
+from attn_ext.problem import FLOAT_DTYPES, MAX_LENGTH, Problem
 
 _LARGEST_COMPARED_MASK = 2**24
+_LARGEST_PRODUCT = 2**20
+"""Elements of query, key and value together above which a product for each is faster than one for
+all: each is read and written as contiguous memory, forward and backward, and less often freshly
+mapped, as glibc does for every tensor above 32 MiB."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,7 +37,7 @@ class Projection:
     bias: Tensor | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> list[Tensor]:
-        """Query, key and value as (..., H, D), views of as few products as possible."""
+        """Query, key and value as (..., H, D), views of as few products as is fast."""
         if self.separate is not None:
             names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
             for name, weight in zip(names, self.separate, strict=True):
@@ -35,30 +45,30 @@ class Projection:
                     raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
             biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
             return [
-                F.linear(x, weight, bias).unflatten(-1, (heads, -1))  # type: ignore[arg-type]
+                _projected(x, weight, bias, 1, heads)[0]  # type: ignore[arg-type]
                 for x, weight, bias in zip((query, key, value), self.separate, biases, strict=True)
             ]
         if self.packed is None:
             raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-        if query is key and key is value:
-            return self._linear(query, 0, 3, heads)
-        if key is value:
-            return self._linear(query, 0, 1, heads) + self._linear(key, 1, 3, heads)
+        # Which of query, key and value one product makes.
+        parts = [3]
+        if key is not value or _is_large(key, self.packed):
+            parts = [1, 1, 1]
+        elif query is not key:
+            parts = [1, 2]
+        if len(parts) == 1:
+            return _projected(query, self.packed, self.bias, 3, heads)
+        # Split at once: autograd then joins the parts' gradients by one concatenation.
+        sizes = [count * (self.packed.shape[0] // 3) for count in parts]
+        weights = self.packed.split(sizes)
+        biases = (None,) * 3 if self.bias is None else self.bias.split(sizes)
         return [
-            part
-            for index, x in enumerate((query, key, value))
-            for part in self._linear(x, index, index + 1, heads)
+            head
+            for count, x, weight, bias in zip(
+                parts, (query, key, value), weights, biases, strict=False
+            )
+            for head in _projected(x, weight, bias, count, heads)
         ]
-
-    def _linear(self, x: Tensor, first: int, end: int, heads: int) -> list[Tensor]:
-        """The projections [first, end) of query, key and value, by one product."""
-        assert self.packed is not None
-        weight, bias = self.packed, self.bias
-        if end - first < 3:
-            width = weight.shape[0] // 3
-            weight = weight[first * width : end * width]
-            bias = None if bias is None else bias[first * width : end * width]
-        return list(F.linear(x, weight, bias).unflatten(-1, (end - first, heads, -1)).unbind(-3))
 
 
 @dataclasses.dataclass(slots=True)
@@ -102,11 +112,11 @@ class Attend:
             value = key if same_value else value.unsqueeze(0 if self.batch_first else 1)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         self._check(query, key, value, attn_mask, key_padding_mask, is_causal)
-        # Heads as (N, H, L, D) views, and the way back.
-        to_heads, from_heads = (1, 2, 0, 3), (2, 0, 1, 3)
-        if self.batch_first:
-            to_heads = from_heads = (0, 2, 1, 3)
-        q, k, v = (x.permute(to_heads) for x in self.project(query, key, value, self.num_heads))
+        q, k, v = self.project(query, key, value, self.num_heads)
+        if self.batch_first:  # (N, L, H, D); as (N, H, L, D) views
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        else:  # (L, N, H, D)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         rows, columns = q.shape[2], k.shape[2]
         mask = self._mask(attn_mask, q.shape[0], rows, columns)
         k, v, extra_keys = self._extended(k, v)
@@ -126,7 +136,8 @@ class Attend:
         mask, padding = _check_operands(q, k, v, attn_mask=mask, key_padding_mask=padding)
         options = {"attn_mask": mask, "key_padding_mask": padding, "causal": causal}
         out, weights = self._attention(q, k, v, options, need_weights, average_attn_weights)
-        out = self.out_proj(out.permute(from_heads).flatten(-2))
+        out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
+        out = _out_projected(self.out_proj, out.flatten(-2))
         if not batched:
             out = out.squeeze(0 if self.batch_first else 1)
             weights = None if weights is None else weights.squeeze(0)
@@ -149,14 +160,40 @@ class Attend:
         elif self.dropout_p < 0:
             raise ValueError(f"dropout must be in [0, 1], got {self.dropout_p}")
         weights = None
+        out, lse = self._out_and_lse(q, k, v, options)
         if need_weights:
-            out, lse = attention(q, k, v, return_lse=True, **options)
             weights = attention_weights(q, k, lse=lse, average=average, **options)
-        else:
-            out = attention(q, k, v, **options)
         if everything_dropped:
             out, weights = out * 0.0, None if weights is None else weights * 0.0
         return out, weights
+
+    def _out_and_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """`attention`, less its checks where nothing is left to check.
+
+        Parts of one product fit each other, and without masks and dropout there is nothing else.
+        """
+        if (
+            options["attn_mask"] is None
+            and options["key_padding_mask"] is None
+            and "seed" not in options
+            and self.project.separate is None
+            and self.bias_k is None
+            and self.static_k is None
+            and self.static_v is None
+            and type(q) is Tensor
+            and not torch.is_autocast_enabled("cpu")
+            and q.is_cpu
+            and q.dtype in FLOAT_DTYPES
+            and 0 < q.numel() < MAX_LENGTH
+            and 0 < k.numel() < MAX_LENGTH
+            and not torch.compiler.is_compiling()
+        ):
+            causal = "upper_left" if options["causal"] else None
+            problem = Problem(q, k, v, causal=causal, scale=1.0 / math.sqrt(q.shape[3]))
+            return ops.attention(problem, None)
+        return attention(q, k, v, return_lse=True, **options)  # type: ignore[return-value]
 
     def _check(
         self,
@@ -244,6 +281,50 @@ class Attend:
             k, v = (torch.cat([x, x.new_zeros(batch, heads, 1, head_dim)], dim=2) for x in (k, v))
             extra += 1
         return k, v, extra
+
+
+_stock_linear_forward = torch.nn.Linear.forward
+
+
+def _out_projected(out_proj: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
+    """out_proj(out), and fast where that is nothing but a torch.nn.Linear without hooks."""
+    if (
+        isinstance(out_proj, torch.nn.Linear)
+        and type(out_proj) in (_OutProjection, torch.nn.Linear)
+        and not torch.compiler.is_compiling()
+        and type(out_proj).forward is _stock_linear_forward
+        and not (
+            out_proj._forward_hooks
+            or out_proj._forward_pre_hooks
+            or out_proj._backward_hooks
+            or out_proj._backward_pre_hooks
+            or out_proj._compiled_call_impl is not None
+            or "forward" in out_proj.__dict__
+            or _has_any_global_hook()
+        )
+    ):
+        return linear(out, out_proj.weight, out_proj.bias)
+    return out_proj(out)
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether one product for query, key and value would be larger than is fast."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and x.numel() // max(x.shape[-1], 1) * weight.shape[0] > _LARGEST_PRODUCT
+    )
+
+
+def _projected(
+    x: Tensor, weight: Tensor, bias: Tensor | None, count: int, heads: int
+) -> list[Tensor]:
+    """The `count` projections that a weight (count * E, K) holds, each as (..., H, D)."""
+    out = linear(x, weight, bias)
+    head_dim = out.shape[-1] // (count * heads)
+    if count == 1:
+        return [out.view(*out.shape[:-1], heads, head_dim)]
+    return list(out.view(*out.shape[:-1], count, heads, head_dim).unbind(-3))
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, **masks: Tensor | None) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_ext
-from attn_ext import MultiheadAttention
+from attn_ext import MultiheadAttention, multihead_forward
 
 N, L, S, E, H = 3, 5, 7, 12, 4
 INF = float("-inf")
@@ -338,6 +338,38 @@ def test_out_proj_is_called_as_a_module() -> None:
     assert expected.shape == (1, E)
     ours.out_proj = nn.Sequential(ours.out_proj, nn.Linear(E, 3))  # such as LoRA and adapters
     assert ours(x, x, x)[0].shape == (L, N, 3)
+
+
+def test_whatever_watches_out_proj_sees_it() -> None:
+    _, ours = pair()
+    x = torch.randn(L, N, E)
+    expected = ours(x, x, x)[0]
+    seen: list[nn.Module] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        ours(x, x, x)
+    assert seen == [ours.out_proj, ours]
+    ours.out_proj.forward = lambda y: seen.append(ours) or y  # type: ignore[method-assign]
+    assert not torch.equal(ours(x, x, x)[0], expected)
+    assert seen[2:] == [ours]
+
+
+@pytest.mark.parametrize("which", ["self", "key is value", "cross"])
+def test_a_product_for_each_where_one_for_all_is_large(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multihead_forward, "_LARGEST_PRODUCT", 0)
+    stock, ours = pair()
+    assert_like_stock(stock, ours, inputs(stock, which))
+
+
+@pytest.mark.parametrize("which", ["self", "key is value", "cross"])
+def test_projections_of_a_size_for_the_fast_operator(which: str) -> None:
+    stock, ours = pair(embed_dim=384, batch_first=True)
+    width = torch.randn(N, 200, 384).requires_grad_()
+    other = torch.randn(N, 150, 384).requires_grad_()
+    value = torch.randn(N, 150, 384).requires_grad_()
+    tensors = {"self": [width] * 3, "key is value": [width, other, other]}
+    assert_like_stock(stock, ours, tensors.get(which, [width, other, value]), need_weights=False)
 
 
 class Copies(TorchDispatchMode):

@@ -1,0 +1,212 @@
+"""A float32 torch.nn.functional.linear at the speed of the machine, where PyTorch's own is not.
+
+PyTorch hands float32 products to MKL, which runs AVX2 code on AMD processors with AVX-512: 38 % of
+their peak. oneDNN, which PyTorch ships too, reaches 90 % and is in reach through the operator that
+torch.compile generates calls to, `mkldnn::_linear_pointwise`. It takes strided matrices, so that
+it computes the gradients too, and copies a transposed first operand itself:
+
+    out (M, N) = input (M, K) @ weight (N, K)^T + bias (N)
+    d input (M, K) = d out (M, N) @ weight (N, K)
+    d weight (N, K) = d out (M, N)^T @ input (M, K)
+
+The operator is private, has no derivative and checks nothing. So `linear` uses it only for plain
+float32 tensors in eager mode, behind a torch.autograd.Function and checks of its own, and leaves
+everything else, errors included, to F.linear. Both compute in float32 throughout and differ in the
+order of their sums alone. oneDNN generates code for every new shape, which takes 0.2 ms once; it
+keeps the latest 1024.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+_SMALLEST_PRODUCT = 2**21
+"""M * N * K for each thread from which the operator wins: a call costs 12 µs, and one of MKL 2."""
+_SMALLEST_WEIGHT_GRADIENT = 2**22
+"""The same for the gradient of a weight, which runs at three quarters of the operator's speed."""
+_FEWEST_ROWS = 4
+"""Fewer rows than this make gradients a matter of reading the weight, which MKL does as fast."""
+_FEWEST_FEATURES = 16
+"""Smaller gradients of a weight are long sums of tiny products, at which the operator is slow."""
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, signature and semantics: input @ weight^T + bias.
+
+    Args:
+        input: (..., K), any dtype and device; the fast path takes float32 on the CPU.
+        weight: (N, K).
+        bias: (N) or None.
+
+    Returns:
+        (..., N), differentiable to any order.
+
+    Raises:
+        RuntimeError, TypeError: whatever F.linear raises in the same case.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and _has_fast_operator
+        and type(input) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and weight.dim() == 2
+        and input.numel() * weight.size(0) >= _SMALLEST_PRODUCT * torch.get_num_threads()
+        and _is_plain(input)
+        and _is_plain(weight)
+        and _fits(input, weight, bias)
+        and _in_plain_eager_mode()
+    ):
+        if torch.is_grad_enabled() and (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _Linear.apply(input, weight, bias)
+        return _product(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The fast operator with its gradients; it keeps only what the wanted ones need."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wants_input, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
+        ctx.set_materialize_grads(False)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return None, None, None
+        input, weight = ctx.saved_tensors
+        dinput = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dinput = _input_gradient(dout, weight)
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(dout, input)
+        if ctx.needs_input_grad[2]:
+            dbias = _as_matrix(dout).sum(0)
+        return dinput, dweight, dbias
+
+
+def _input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
+    """(..., N) and (N, K) to (..., K)."""
+    if math.prod(dout.shape[:-1]) >= _FEWEST_ROWS and _is_fast_gradient(dout, weight):
+        return _product(dout, weight.t(), None)
+    return dout @ weight
+
+
+def _weight_gradient(dout: Tensor, input: Tensor) -> Tensor:
+    """(..., N) and (..., K) to (N, K)."""
+    dout, input = _as_matrix(dout), _as_matrix(input)
+    rows, columns, inner = dout.shape[1], input.shape[1], input.shape[0]
+    if (
+        inner >= _FEWEST_ROWS
+        and min(rows, columns) >= _FEWEST_FEATURES
+        and rows * columns * inner >= _SMALLEST_WEIGHT_GRADIENT * torch.get_num_threads()
+        and _is_fast_gradient(dout, input)
+    ):
+        return _product(dout.t(), input.t(), None)
+    return dout.t() @ input
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """(..., N) as (M, N); not by `flatten`, which torch.autograd.grad's is_grads_batched lacks."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _is_fast_gradient(dout: Tensor, other: Tensor) -> bool:
+    """Whether a product in backward may take the operator.
+
+    Not where it must be differentiable, and not for is_grads_batched, whose tensors look like any.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch._C._dispatch_keys(dout).has(_BATCHED)
+        and _is_plain(dout)
+        and _is_plain(other)
+        and _in_plain_eager_mode()
+    )
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator itself: (..., K) and (N, K) to (..., N), without a derivative."""
+    rows, columns = weight.stride()
+    if not ((columns == 1 and rows >= weight.shape[1]) or (rows == 1 and columns >= len(weight))):
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether an argument is a dense float32 tensor in CPU memory and of no subclass."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes are those of the fast path; F.linear complains about wrong ones."""
+    return (
+        input.dim() >= 2
+        and input.shape[-1] == weight.shape[1]
+        and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
+    )
+
+
+def _in_plain_eager_mode() -> bool:
+    """Whether nothing but eager PyTorch with its default settings looks at this call.
+
+    Not so under tracing, torch.func transforms, forward-mode derivatives, dispatch and function
+    modes and autocast, nor where torch.backends.mkldnn or torch.set_float32_matmul_precision ask
+    for no oneDNN, for its deterministic algorithms or for less than float32.
+    """
+    return (
+        torch._C._get_mkldnn_enabled()
+        and not torch._C._get_mkldnn_deterministic()
+        and torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _finds_fast_operator() -> bool:
+    """Whether this machine and this PyTorch are of the kind where the operator wins.
+
+    That is an AMD processor with AVX-512, where MKL checks the vendor and stays with AVX2, and a
+    PyTorch with MKL, oneDNN and what this module asks of it.
+    """
+    try:
+        with open("/proc/cpuinfo") as file:
+            first_lines = file.read(256)
+    except OSError:
+        return False
+    return (
+        "AuthenticAMD" in first_lines
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch._C, "_get_fp32_precision_getter")
+    )
+
+
+_has_fast_operator = _finds_fast_operator()
