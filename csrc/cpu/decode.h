@@ -36,7 +36,7 @@ struct Stream {
   int64_t stride, count, width;
   const T* next_rows;
   int64_t next_stride;
-  int64_t bytes = width * static_cast<int64_t>(sizeof(T)), ahead = 1 + kAheadBytes / bytes;
+  int64_t bytes = width * static_cast<int64_t>(sizeof(T)), ahead = 1 + kAheadBytes / (bytes + 1);
 
   static constexpr int64_t kAheadBytes = 4096;
 
@@ -51,18 +51,37 @@ struct Stream {
   }
 };
 
-// Where the value at d of a row lies in what this file makes of it: the even values of two vectors
-// of bfloat16 come first, then the odd ones, since a shift and a mask bring them there.
+// Values of a row that are loaded at once: a vector of them, or two of bfloat16, first the even
+// ones, then the odd ones, since a shift and a mask bring them there.
+template <typename T, typename Real>
+constexpr int64_t kColumns = (std::is_same_v<T, BFloat16> ? 2 : 1) * kLanes<Real>;
+
+inline void load_columns(const float* from, int64_t count, Vec<float>* x, Vec<float>*) {
+  *x = load_some<float>(from, count);
+}
+inline void load_columns(const Float16* from, int64_t count, Vec<float>* x, Vec<float>*) {
+  *x = load_some<float>(from, count);
+}
+inline void load_columns(const double* from, int64_t count, Vec<double>* x, Vec<double>*) {
+  *x = load_some<double>(from, count);
+}
+inline void load_columns(const BFloat16* from, int64_t count, Vec<float>* even, Vec<float>* odd) {
+  const Words pairs = reinterpret_cast<Words>(load_pairs(from, 0, count));
+  *even = reinterpret_cast<Vec<float>>(pairs << 16);
+  *odd = reinterpret_cast<Vec<float>>(pairs & 0xFFFF0000u);
+}
+
+// Where the value at d lies in rows that are made of such vectors, and how long these are.
 template <typename T, typename Real>
 inline int64_t place(int64_t d) {
-  constexpr int64_t kW = kLanes<Real>;
   if (!std::is_same_v<T, BFloat16>) return d;
-  return d / (2 * kW) * (2 * kW) + d % 2 * kW + d % (2 * kW) / 2;
+  constexpr int64_t kStep = kColumns<T, Real>;
+  return d / kStep * kStep + d % 2 * kLanes<Real> + d % kStep / 2;
 }
 template <typename T, typename Real>
 inline int64_t place_count(int64_t width) {
-  constexpr int64_t kW = (std::is_same_v<T, BFloat16> ? 2 : 1) * kLanes<Real>;
-  return (width + kW - 1) / kW * kW;
+  constexpr int64_t kStep = kColumns<T, Real>;
+  return (width + kStep - 1) / kStep * kStep;
 }
 
 // Keys or values that are worked on at once, so that what they share is loaded once.
@@ -73,47 +92,26 @@ constexpr int kAtOnce = kRowCount <= 4 ? 4 : 2;
 template <int kCount, typename Real, typename T, typename Add>
 inline __attribute__((always_inline)) void for_each_column(const Stream<T>& stream, int64_t first,
                                                            Add add) {
-  constexpr int64_t kW = kLanes<Real>;
+  constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
   const T* rows[kCount];
   for (int i = 0; i < kCount; ++i) {
     rows[i] = stream.row(first + i);
     stream.prefetch(first + i);
   }
-  Vec<Real> x[kCount], odd[kCount];
-  const auto step = [&](auto load_at, int64_t d) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) {
-        const Words pairs = reinterpret_cast<Words>(load_at(rows[i], d / 2));
-        x[i] = reinterpret_cast<Vec<float>>(pairs << 16);
-        odd[i] = reinterpret_cast<Vec<float>>(pairs & 0xFFFF0000u);
-      }
-      add(x, d);
-      add(odd, d + kW);
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) x[i] = load_at(rows[i], d);
-      add(x, d);
-    }
-  };
-  constexpr int64_t kStep = std::is_same_v<T, BFloat16> ? 2 * kW : kW;
   const int64_t whole = stream.width / kStep * kStep;
-  const auto load_whole = [](const T* row, int64_t at) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      return load(reinterpret_cast<const float*>(row) + at);
-    } else {
-      return load_as(row + at);
-    }
-  };
-  const auto load_rest = [&](const T* row, int64_t at) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      return load_pairs(row, at, stream.width);
-    } else {
-      return load_some<Real>(row + at, stream.width - at);
-    }
-  };
-  for (int64_t d = 0; d < whole; d += kStep) step(load_whole, d);
-  if (whole < stream.width) step(load_rest, whole);
+  Vec<Real> x[2][kCount];
+  for (int64_t d = 0; d < whole; d += kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) load_columns(rows[i] + d, kStep, &x[0][i], &x[1][i]);
+    add(x[0], d);
+    if (kStep > kW) add(x[1], d + kW);
+  }
+  if (whole == stream.width) return;
+  for (int i = 0; i < kCount; ++i) {
+    load_columns(rows[i] + whole, stream.width - whole, &x[0][i], &x[1][i]);
+  }
+  add(x[0], whole);
+  if (kStep > kW) add(x[1], whole + kW);
 }
 
 // scores[r][key] = q_r k.
