@@ -46,7 +46,7 @@ struct Stream {
     index += ahead;
     const T* from = index < count ? rows + index * stride : next_rows + (index - count) * next_stride;
     for (int64_t i = 0; i < bytes; i += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 0);
     }
   }
 };
