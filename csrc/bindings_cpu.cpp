@@ -120,8 +120,8 @@ attn_ext::Problem as_problem(py::handle problem, py::handle dropout) {
 
   p.query_start = get_int(problem, kQueryStart), p.key_start = get_int(problem, kKeyStart);
   const bool causal = !get(problem, kCausal).is_none();
-  p.diagonal = std::clamp(causal ? get_int(problem, kDiagonal) : p.query_start - p.key_start,
-                          -kFar, kFar);
+  p.diagonal =
+      std::clamp(causal ? get_int(problem, kDiagonal) : p.query_start - p.key_start, -kFar, kFar);
   const Sizes window(get(problem, kWindow));
   const auto reach = [](int64_t side) { return side < 0 ? 2 * kFar : std::min(side, 2 * kFar); };
   p.left = reach(window.items[0]), p.right = causal ? 0 : reach(window.items[1]);

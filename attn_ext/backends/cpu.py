@@ -6,6 +6,7 @@ The environment variable ATTN_EXT_CPU_CAPABILITY (avx512, avx2 or portable) over
 from __future__ import annotations
 
 import os
+
 import torch
 from torch import Tensor
 
@@ -146,7 +147,7 @@ def _arguments(problem: Problem) -> tuple[int, int, Problem, tuple[int, int] | N
 
 
 def _prepared(problem: Problem) -> Problem:
-    """The problem as the kernels read it: last dimensions contiguous, sinks in the compute dtype."""
+    """The problem as the kernels read it: rows contiguous, sinks in the compute dtype."""
     if problem.sinks is not None and problem.sinks.dtype != problem.compute_dtype:
         problem = problem.replace(sinks=problem.sinks.to(problem.compute_dtype))
     query, key, value = problem.query, problem.key, problem.value
