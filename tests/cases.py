@@ -63,6 +63,7 @@ def _everything(s: Sizes) -> Options:
 
 
 GROUPED = Sizes(query_heads=6, key_heads=2)
+DECODE = Sizes(query_heads=6, key_heads=2, query_length=1, key_length=701)
 SQUARE = Sizes(query_length=97, key_length=97)
 TALL = Sizes(query_length=83, key_length=61)
 
@@ -119,6 +120,15 @@ CASES = [
     Case("everything", _everything, GROUPED),
     Case("one_by_one", lambda s: {"causal": True}, Sizes(1, 1, 1, 1, 1, 1, 1)),
     Case("one_query", lambda s: {"causal": "lower_right"}, Sizes(query_length=1, key_length=150)),
+    Case("decode", lambda s: {"causal": "lower_right"}, DECODE),
+    Case("decode_one_row", lambda s: {}, Sizes(query_length=1, key_length=640, head_dim=64, value_dim=64)),
+    Case("decode_two_rows", lambda s: {"window": (300, 100), "causal": "lower_right"}, Sizes(query_length=2, key_length=530)),
+    Case("decode_six_rows", lambda s: {"causal": "lower_right"}, Sizes(query_heads=6, key_heads=2, query_length=2, key_length=601, head_dim=33)),
+    Case("decode_padding", lambda s: {"key_padding_mask": torch.arange(s.key_length) < torch.tensor([[300], [650]])}, DECODE),
+    Case("decode_everything", lambda s: {**_everything(s), "window": (400, None), "dropout_p": 0.0}, DECODE),
+    Case("decode_negative_scale", lambda s: {"scale": -0.3, "attn_mask": _float_mask(s.query_length, s.key_length)}, DECODE),
+    Case("negative_scale", lambda s: {"scale": -0.3, "causal": True}),
+    Case("no_scale", lambda s: {"scale": 0.0, "causal": True}),
     Case("one_key", lambda s: {}, Sizes(key_length=1)),
     Case("no_keys", lambda s: {}, Sizes(key_length=0)),
     Case("no_keys_with_sinks", lambda s: {"sinks": torch.zeros(s.query_heads, dtype=torch.float64)}, Sizes(key_length=0)),

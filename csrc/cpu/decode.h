@@ -8,9 +8,10 @@
 // tests/test_contract.py.
 
 constexpr int64_t kDecodeRows = 8;
+constexpr int64_t kDecodeKeys = 512;  // fewer lie in a cache anyway
 
 inline bool suits_decode(const Problem& p) {
-  return p.key_heads > 0 && p.dropout_p == 0 &&
+  return p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= kDecodeKeys &&
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
@@ -185,24 +186,29 @@ void add_visible_values(const T* values, int64_t stride, int64_t count, int64_t 
   }
 }
 
-// One row's scores in log2 units, -inf where hidden. Returns whether any is.
+// One row's scores, -inf where hidden; `any_hidden` tells whether any is. Returns the factor that
+// takes them to log2 units, as compute_scores does.
 template <typename Real>
-bool finish_scores(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t key,
-                   int64_t count, Real* s) {
+Real finish_scores(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t key,
+                   int64_t count, Real* s, bool* any_hidden) {
   constexpr int64_t kW = kLanes<Real>;
-  const double scale = p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E;
-  const Real factor = static_cast<Real>(scale), hidden = -kInfinity<Real>;
-  const Real bound = static_cast<Real>(p.softcap * kLog2E);
-  const Real slope = p.alibi_slopes ? *at<const Real>(p.alibi_slopes, batch, head, 0) : Real(0);
   const int64_t diagonal = row + p.diagonal - key;  // counted from `key`
-  for (int64_t j = 0; j < count; j += kW) {
-    Vec<Real> x = load(s + j) * factor;
-    if (p.softcap != 0) x = tanh<Real>(x) * bound;
-    if (p.alibi_slopes) {
-      const Vec<Real> distance = lane_index<Real>() + static_cast<Real>(j - diagonal);
-      x -= slope * static_cast<Real>(kLog2E) * simd_max<Real>(distance, -distance);
+  Real factor = log2_factor<Real>(p);
+  if (p.softcap != 0) {
+    const Real slope = static_cast<Real>(absolute_scale(p) / p.softcap);
+    const Real bound = static_cast<Real>(p.softcap * kLog2E);
+    for (int64_t j = 0; j < count; j += kW) {
+      store<Real>(s + j, tanh<Real>(load(s + j) * slope) * bound);
     }
-    store<Real>(s + j, x);
+    factor = 1;
+  }
+  if (p.alibi_slopes) {
+    const Real slope = *at<const Real>(p.alibi_slopes, batch, head, 0) * static_cast<Real>(kLog2E);
+    for (int64_t j = 0; j < count; j += kW) {
+      const Vec<Real> distance = lane_index<Real>() + static_cast<Real>(j - diagonal);
+      store<Real>(s + j, load(s + j) * factor - slope * simd_max<Real>(distance, -distance));
+    }
+    factor = 1;
   }
   for (const View* mask : {&p.mask, &p.key_mask}) {
     if (!*mask) continue;
@@ -210,30 +216,33 @@ bool finish_scores(const Problem& p, int64_t batch, int64_t head, int64_t row, i
       const auto* from = at<const decltype(type)>(*mask, batch, head, row, key);
       for (int64_t j = 0; j < count; j += kW) {
         const int64_t step = mask->stride[3];
-        add_entry(Real(1), mask_entries<Real>(from + j * step, step, std::min(kW, count - j)),
+        add_entry(factor, mask_entries<Real>(from + j * step, step, std::min(kW, count - j)),
                   s + j);
       }
     });
+    factor = 1;
   }
   const int64_t first = std::clamp<int64_t>(diagonal - p.left, 0, count);
   const int64_t end = std::clamp<int64_t>(diagonal + p.right + 1, first, count);
-  std::fill(s, s + first, hidden);
-  std::fill(s + end, s + kKeys, hidden);
-  return p.mask || p.key_mask || first > 0 || end < count;
+  std::fill(s, s + first, -kInfinity<Real>);
+  std::fill(s + end, s + kKeys, -kInfinity<Real>);
+  *any_hidden |= p.mask || p.key_mask || first > 0 || end < count;
+  return factor;
 }
 
 // Scores become weights; the row's running maximum and sum move, and its output is rescaled.
 template <typename Real>
-void update_row(int64_t r, int64_t count, int64_t width, const DecodeWorkspace<Real>& w) {
+void update_row(int64_t r, int64_t count, int64_t width, Real factor,
+                const DecodeWorkspace<Real>& w) {
   Real* s = w.scores + r * kKeys;
   Vec<Real> top = broadcast(-kInfinity<Real>), total{};
   for (int64_t j = 0; j < count; j += kLanes<Real>) top = simd_max<Real>(load(s + j), top);
   const Real before = w.max[r];
   Real after = before;
-  for (int64_t i = 0; i < kLanes<Real>; ++i) after = top[i] > after ? top[i] : after;
+  for (int64_t i = 0; i < kLanes<Real>; ++i) after = std::max(after, top[i] * factor);
   const Real shift = after == -kInfinity<Real> ? Real(0) : after;
   for (int64_t j = 0; j < kKeys; j += kLanes<Real>) {
-    const Vec<Real> weight = exp2<Real>(load(s + j) - shift);
+    const Vec<Real> weight = exp2<Real>(load(s + j) * factor - shift);
     store<Real>(s + j, weight);
     total += weight;
   }
@@ -257,7 +266,8 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
     const T* query =
         at<const T>(p.query, batch, key_head * group + r / p.query_length, r % p.query_length);
     for (int64_t d = 0; d < p.head_dim; ++d) {
-      w.queries[r * width + place<T, Real>(d)] = static_cast<Real>(to_float(query[d]));
+      w.queries[r * width + place<T, Real>(d)] =
+          query_factor<Real>(p) * static_cast<Real>(to_float(query[d]));
     }
   }
   alignas(kVectorBytes) Real visible[kDecodeRows * kKeys];
@@ -282,12 +292,13 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
               *v = at<const T>(p.value, batch, key_head, key);
       const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];
       dot_products<kRowCount>(Stream<T>{k, k_stride, keys, p.head_dim, v, v_stride}, w);
+      Real factor = 1;  // the same for every row
       for (int64_t r = 0; r < count; ++r) {
-        any_hidden |= finish_scores(p, batch, key_head * group + r / p.query_length,
-                                    r % p.query_length, key, keys, w.scores + r * kKeys);
+        factor = finish_scores(p, batch, key_head * group + r / p.query_length, r % p.query_length,
+                               key, keys, w.scores + r * kKeys, &any_hidden);
       }
       if (careful) std::copy(w.scores, w.scores + count * kKeys, visible);
-      for (int64_t r = 0; r < count; ++r) update_row(r, keys, value_width, w);
+      for (int64_t r = 0; r < count; ++r) update_row(r, keys, value_width, factor, w);
       if (!careful) {
         const T* next = key + kKeys < range.end ? k + kKeys * k_stride : k;
         add_values<kRowCount>(Stream<T>{v, v_stride, keys, p.value_dim, next, k_stride}, w);

@@ -159,6 +159,13 @@ inline Real query_factor(const Problem& p) {
   return p.scale > 0 ? Real(1) : p.scale < 0 ? Real(-1) : Real(0);
 }
 
+// |scale|, and the factor that takes scores to log2 units; positive, so that -inf stays -inf.
+inline double absolute_scale(const Problem& p) { return p.scale == 0 ? 1 : std::abs(p.scale); }
+template <typename Real>
+inline Real log2_factor(const Problem& p) {
+  return std::max(static_cast<Real>(absolute_scale(p) * kLog2E), std::numeric_limits<Real>::min());
+}
+
 // top[row] = the largest score of each row.
 template <typename Real>
 void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
@@ -181,8 +188,8 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   multiply<false>(keys, rows.vectors, depth, k, k_stride, queries, kRows<Real>,
                   Into<Real>{s, kRows<Real>, false, nullptr, top});
-  const double scale = p.scale == 0 ? 1 : std::abs(p.scale);
-  Real factor = std::max(static_cast<Real>(scale * kLog2E), std::numeric_limits<Real>::min());
+  const double scale = absolute_scale(p);
+  Real factor = log2_factor<Real>(p);
   if (p.softcap != 0) {
     apply_softcap(static_cast<Real>(p.softcap), static_cast<Real>(scale / p.softcap), rows, keys, s,
                   slope);

@@ -233,3 +233,40 @@ print(peak() - before)
     assert result.returncode == 0, result.stderr
     inputs_and_outputs = 9 * 4096 * 64 * 4 // 1024
     assert int(result.stdout) < inputs_and_outputs + 32 * 1024
+
+
+@pytest.mark.parametrize("query_length", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_split_where_there_are_fewer_blocks_than_threads(
+    query_length: int, dtype: torch.dtype
+) -> None:
+    query = torch.randn(1, 1, query_length, 64, dtype=dtype)
+    key, value = (torch.randn(1, 1, 20000, 64, dtype=dtype) for _ in range(2))
+    sinks = torch.ones(1)
+    options = {"sinks": sinks, "window": (19000, None), "causal": "lower_right"}
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(attn_ext.attention(query, key, value, return_lse=True, **options))
+    finally:
+        torch.set_num_threads(before)
+    (out, lse), (split_out, split_lse) = results
+    torch.testing.assert_close(split_lse, lse, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        split_out, out, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-3 if dtype is torch.bfloat16 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoding_against_uninitialised_slots(dtype: torch.dtype) -> None:
+    query = torch.randn(2, 4, 1, 32, dtype=dtype)
+    key, value = (torch.randn(2, 2, 900, 32, dtype=dtype) for _ in range(2))
+    padding = torch.arange(900) < torch.tensor([[700], [500]])
+    expected = attn_ext.attention(query, key, value, key_padding_mask=padding)
+    for tensor in (key, value):
+        tensor.transpose(1, 2)[~padding] = float("nan")
+    torch.testing.assert_close(
+        attn_ext.attention(query, key, value, key_padding_mask=padding), expected
+    )
