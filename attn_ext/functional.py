@@ -95,9 +95,10 @@ def attention(
     (arXiv:2307.08691); Rabe and Staats, Self-attention does not need O(n^2) memory
     (arXiv:2112.05682).
     """
-    query, key, value, attn_mask, key_padding_mask = _autocast(
-        query, key, value, attn_mask, key_padding_mask
-    )
+    if _may_autocast():
+        query, key, value, attn_mask, key_padding_mask = _autocast(
+            query, key, value, attn_mask, key_padding_mask
+        )
     problem = Problem.build(
         query,
         key,
@@ -116,7 +117,9 @@ def attention(
     )
     if problem.dropout_p > 0:
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
-    out, lse = ops.attention(_without_float_padding(problem), backend)
+    if key_padding_mask is not None:
+        problem = _without_float_padding(problem)
+    out, lse = ops.attention(problem, backend)
     return (out, lse) if return_lse else out
 
 
@@ -162,9 +165,10 @@ def attention_weights(
         As `attention`.
     """
     value = key[..., :0] if isinstance(key, Tensor) and key.dim() else key
-    query, key, value, attn_mask, key_padding_mask = _autocast(
-        query, key, value, attn_mask, key_padding_mask
-    )
+    if _may_autocast():
+        query, key, value, attn_mask, key_padding_mask = _autocast(
+            query, key, value, attn_mask, key_padding_mask
+        )
     problem = Problem.build(
         query,
         key,
@@ -226,7 +230,10 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, got both")
     causal: str | None = "upper_left" if is_causal else None
-    if has_torch_function((query, key, value)) or (
+    plain = type(query) is Tensor and type(key) is Tensor and type(value) is Tensor
+    if plain and attn_mask is None and torch._C._len_torch_function_stack() == 0:
+        pass  # nothing can override the function, and asking takes longer
+    elif has_torch_function((query, key, value)) or (
         has_torch_function((attn_mask,)) and not isinstance(attn_mask, CausalBias)
     ):
         return handle_torch_function(
@@ -244,21 +251,24 @@ def scaled_dot_product_attention(
     if isinstance(attn_mask, CausalBias):
         lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
-    leading = query.shape[:-2]
-    if query.dim() != 4 or key.shape[:2] != query.shape[:2] or value.dim() != 4:
-        query, key, value, attn_mask, leading = _to_four_dimensions(
-            query, key, value, attn_mask, enable_gqa
-        )
+    leading = None
+    if not plain or query.dim() != 4 or key.shape[:2] != query.shape[:2] or value.dim() != 4:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.dim() < 2:
+                raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
+        if query.dim() != 4 or key.shape[:2] != query.shape[:2] or value.dim() != 4:
+            query, key, value, attn_mask, leading = _to_four_dimensions(
+                query, key, value, attn_mask, enable_gqa
+            )
     out = attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, causal=causal, scale=scale
     )
     assert isinstance(out, Tensor)
-    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[-2:])
+    if leading is None or len(leading) == 2:
+        return out
+    return out.reshape(*leading, *out.shape[-2:])
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Explanation:
@@ -278,6 +288,11 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     for name in ("return_lse", "seed", "offset", "generator"):
         arguments.pop(name, None)
     return explain_problem(Problem.build(query, key, value, **arguments), backend)
+
+
+def _may_autocast() -> bool:
+    """False in the common case, and cheaper to ask than a device's own setting."""
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
 
 
 def _autocast(

@@ -6,14 +6,13 @@ The environment variable ATTN_EXT_CPU_CAPABILITY (avx512, avx2 or portable) over
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_ext.backends import Gradients, WeightsGradients, empty_in_layout_of
 from attn_ext.philox import dropout_threshold
-from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.problem import Problem
 
 # After torch: the module then shares torch's OpenMP library and its pool of threads.
 try:
@@ -22,18 +21,10 @@ except ImportError as error:  # a source tree that was not built
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-    torch.bool: 4,
-}
+if _cpu is not None:
+    _cpu.set_dtypes((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool))
+
 _ENVIRONMENT_VARIABLE = "ATTN_EXT_CPU_CAPABILITY"
-_FLOPS_PER_THREAD = 2e6
-"""Less work than this does not pay for waking another thread."""
-_FAR = 2**40
-"""Beyond any pair of positions; keeps the kernels' sums of positions within 64 bits."""
 
 _forked = False
 
@@ -69,16 +60,9 @@ capability = _chosen_capability()
 """The instruction set in use."""
 
 
-def num_threads(problem: Problem | None = None) -> int:
-    """How many threads a problem gets: torch's setting, or fewer where the work is small."""
-    if _forked:
-        return 1
-    threads = torch.get_num_threads()
-    if problem is None or threads == 1:
-        return threads
-    pairs = problem.batch * problem.query_heads * problem.query_length * problem.key_length
-    flops = 2 * pairs * (problem.key.shape[3] + problem.value.shape[3])
-    return max(1, min(threads, int(flops / _FLOPS_PER_THREAD)))
+def num_threads() -> int:
+    """How many threads a kernel may use: torch's setting; less work gets fewer."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
@@ -86,7 +70,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if _cpu is None:
         reasons.append(f"attn_ext._cpu is not built ({_import_error}); run `pip install -e .`")
-    if problem.query.device.type != "cpu":
+    if not problem.query.is_cpu:
         reasons.append(f"query is on {problem.query.device}, and this backend takes CPU tensors")
     return reasons
 
@@ -94,11 +78,10 @@ def not_supported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
-    shape = (problem.batch, problem.query_heads, problem.query_length)
-    out = empty_in_layout_of(query, (*shape, problem.value.shape[3]))
-    lse = torch.empty(shape, dtype=problem.compute_dtype)
-    arguments, _kept = _arguments(problem)
-    _cpu.forward(*arguments, _view(out), _row_view(lse))
+    batch, heads, length, _ = query.shape
+    out = empty_in_layout_of(query, (batch, heads, length, problem.value.shape[3]))
+    lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
+    _cpu.forward(*_arguments(problem), out, lse)
     return out, lse
 
 
@@ -111,31 +94,18 @@ def backward(
     mask_gradient: bool,
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
-    problem, out, dout = _prepared(problem), _rows_contiguous(out), _rows_contiguous(dout)
-    dq, dk, dv = (
-        empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key, problem.value)
-    )
+    query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
+    dq = empty_in_layout_of(query, query.shape)
+    dk = empty_in_layout_of(key, key.shape)
+    dv = empty_in_layout_of(value, value.shape)
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    arguments, _kept = _arguments(problem)
-    _cpu.backward(
-        *arguments,
-        _view(out),
-        _row_view(lse),
-        _view(dout),
-        None if dlse is None else _row_view(dlse),
-        None,
-        1.0,
-        _view(dq),
-        _view(dk),
-        _view(dv),
-        None if dmask is None else _view(_broadcast_mask(dmask, problem)),
-        _row_view(row_term),
-    )
+    arguments = _arguments(problem)
+    _cpu.backward(*arguments, out, lse, dout, dlse, None, 1.0, dq, dk, dv, dmask, row_term)
     dsinks = None
-    if problem.sinks is not None:
-        sinks = problem.sinks.to(lse.dtype)[:, None]
-        dsinks = -(torch.exp(sinks - lse) * row_term).sum(dim=(0, 2)).to(problem.sinks.dtype)
+    if sinks is not None:
+        shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
     return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
 
 
@@ -146,8 +116,7 @@ def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
     result = torch.empty(shape, dtype=problem.query.dtype)
     if average and problem.query_heads == 0:
         result.fill_(float("nan"))  # the mean of nothing
-    arguments, _kept = _arguments(problem)
-    _cpu.weights(*arguments, _row_view(lse), _view(result), average)
+    _cpu.weights(*_arguments(problem), lse, result, average)
     return result.squeeze(1) if average else result
 
 
@@ -155,111 +124,27 @@ def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
     """Gradients of `weights`, LSE being an input of its own."""
-    problem = _prepared(problem)
     problem = problem.replace(value=problem.key[..., :0])
     if average:
         shape = (problem.batch, problem.query_heads, problem.query_length, problem.key_length)
         dweights = dweights[:, None].expand(shape)
-    dq, dk = (empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key))
+    dq, dk = (empty_in_layout_of(x, x.shape) for x in (problem.query, problem.key))
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    arguments, _kept = _arguments(problem)
-    _cpu.backward(
-        *arguments,
-        None,
-        _row_view(lse),
-        None,
-        None,
-        _view(dweights),
-        1.0 / max(problem.query_heads, 1) if average else 1.0,
-        _view(dq),
-        _view(dk),
-        None,
-        None if dmask is None else _view(_broadcast_mask(dmask, problem)),
-        _row_view(dlse),
-    )
+    share = 1.0 / max(problem.query_heads, 1) if average else 1.0
+    arguments = _arguments(problem)
+    _cpu.backward(*arguments, None, lse, None, None, dweights, share, dq, dk, None, dmask, dlse)
     return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
 
 
-def _arguments(problem: Problem) -> tuple[tuple[int, int, tuple[Any, ...]], Any]:
-    """The arguments that every native function starts with, and what must outlive the call."""
-    problem = _prepared(problem)
-    query, key, value = problem.query, problem.key, problem.value
-    left, right = problem.reach
-    mask, padding = problem.attn_mask, problem.key_padding_mask
-    alibi, sinks = problem.alibi_slopes, problem.sinks
-    if sinks is not None:
-        sinks = sinks.to(problem.compute_dtype)
-    dropout = problem.dropout_p > 0
-    description = (
-        _DTYPES[query.dtype],
-        query.shape[0],
-        query.shape[1],
-        key.shape[1],
-        query.shape[2],
-        key.shape[2],
-        query.shape[3],
-        value.shape[3],
-        _view(query),
-        _view(key),
-        _view(value),
-        None if mask is None else _view(_broadcast_mask(mask, problem)),
-        None if padding is None else _padding_view(padding),
-        None if alibi is None else _head_view(alibi),
-        None if sinks is None else _head_view(sinks),
-        problem.scale,
-        problem.softcap,
-        max(-_FAR, min(_FAR, problem.diagonal)),
-        _FAR * 2 if left == UNLIMITED else min(left, _FAR * 2),
-        _FAR * 2 if right == UNLIMITED else min(right, _FAR * 2),
-        problem.q_start,
-        problem.k_start,
-        problem.dropout_p,
-        dropout_threshold(problem.dropout_p) if dropout else 0,
-        problem.offset,
-        problem.seed_value if dropout else 0,
-    )
-    return (_CAPABILITIES.index(capability), num_threads(problem), description), (problem, sinks)
-
-
-def _prepared(problem: Problem) -> Problem:
-    """The problem with query, key and value as the kernels read them: last dimension contiguous."""
-    query, key, value = problem.query, problem.key, problem.value
-    if _readable(query) and _readable(key) and _readable(value):
-        return problem
-    return problem.replace(
-        query=_rows_contiguous(query), key=_rows_contiguous(key), value=_rows_contiguous(value)
-    )
-
-
-def _readable(tensor: Tensor) -> bool:
-    return (tensor.stride(3) == 1 or tensor.shape[3] <= 1) and not tensor.is_neg()
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if _readable(tensor) else tensor.resolve_neg().contiguous()
-
-
-def _view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
-    return tensor.data_ptr(), tensor.stride(), _DTYPES[tensor.dtype]
-
-
-def _row_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
-    """A (B, Hq, Lq) tensor."""
-    return tensor.data_ptr(), (*tensor.stride(), 0), _DTYPES[tensor.dtype]
-
-
-def _padding_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
-    """A (B, Lk) tensor."""
-    batch, column = tensor.stride()
-    return tensor.data_ptr(), (batch, 0, 0, column), _DTYPES[tensor.dtype]
-
-
-def _head_view(tensor: Tensor) -> tuple[int, tuple[int, ...], int]:
-    """A (Hq,) or (B, Hq) tensor."""
-    strides = tensor.stride()
-    batch, head = strides if len(strides) == 2 else (0, strides[0])
-    return tensor.data_ptr(), (batch, head, 0, 0), _DTYPES[tensor.dtype]
+def _arguments(problem: Problem) -> tuple[int, int, Problem, tuple[int, int] | None]:
+    """The arguments that every native function starts with."""
+    dropout = None
+    if problem.dropout_p > 0:
+        dropout = (dropout_threshold(problem.dropout_p), problem.seed_value)
+    if problem.sinks is not None and problem.sinks.dtype != problem.compute_dtype:
+        problem = problem.replace(sinks=problem.sinks.to(problem.compute_dtype))
+    return _CAPABILITIES.index(capability), num_threads(), problem, dropout
 
 
 def _broadcast_mask(mask: Tensor, problem: Problem) -> Tensor:

@@ -53,17 +53,13 @@ assert len(libraries) == 1, libraries
 
 
 def test_thread_count_follows_torch_and_the_work() -> None:
-    large = Problem.build(*(torch.zeros(LARGE) for _ in range(3)))
-    small = Problem.build(*(torch.zeros(1, 1, 4, 64) for _ in range(3)))
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
-        assert cpu.num_threads(large) == 2
-        assert cpu.num_threads(small) == 1
-        torch.set_num_threads(1)
-        assert cpu.num_threads(large) == 1
+        torch.set_num_threads(3)
+        assert cpu.num_threads() == 3
     finally:
         torch.set_num_threads(before)
+    assert [cpu._cpu.threads_for(8, flops) for flops in (0.0, 1e4, 1e7, 1e9)] == [1, 1, 5, 8]
 
 
 def test_set_num_threads_is_honoured_by_the_next_call() -> None:
