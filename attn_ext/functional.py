@@ -119,7 +119,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend)
+    out, lse = ops.attention(problem, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -251,7 +251,13 @@ def scaled_dot_product_attention(
         lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
     leading = None
-    if not _are_four_dimensional(query, key, value):
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dim() == key.dim() == value.dim() == 4
+        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
+    ):
         query, key, value, attn_mask, leading = _to_four_dimensions(
             query, key, value, attn_mask, enable_gqa
         )
@@ -368,19 +374,6 @@ def _check_lse(lse: Tensor, problem: Problem) -> None:
         raise ValueError(f"lse must be on query's device {problem.query.device}, got {lse.device}")
 
 
-def _are_four_dimensional(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the tensors are as `attention` wants them, and no dimension broadcasts."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
-    return (
-        query.dim() == key.dim() == value.dim() == 4
-        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
-    )
-
-
 def _to_four_dimensions(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
@@ -389,6 +382,11 @@ def _to_four_dimensions(
     Returns the four tensors and the output's leading dimensions.
     """
     tensors = (query, key, value)
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
     heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in tensors]
     try:
         batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))

@@ -26,8 +26,11 @@ from attn_ext.second_derivatives import (
 )
 
 
-def attention(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable."""
+def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:
+    """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable.
+
+    Without `with_lse` LSE may be None: making a tensor takes a tenth of a small attention's time.
+    """
     traced = _is_traced(problem)
     if backend == "reference" or _needs_forward_mode(problem, traced):
         return reference.forward(problem)
@@ -36,7 +39,7 @@ def attention(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
         return call("attention", *tensors, *options)
     module = dispatch.select(problem, backend)
     if module is reference or not _needs_gradient(problem):
-        return module.forward(problem)
+        return module.forward(problem, with_lse)
     return _Attention.record(*differentiable_inputs(problem), problem, module)
 
 

@@ -75,12 +75,14 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
-    batch, heads, length, _ = query.shape
-    out = empty_in_layout_of(query, (batch, heads, length, problem.value.shape[3]))
-    lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
+    out = empty_in_layout_of(query, problem.value.shape[3])
+    lse = None
+    if with_lse:
+        batch, heads, length, _ = query.shape
+        lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
     _cpu.forward(*_arguments(problem), out, lse)
     return out, lse
 
@@ -95,15 +97,15 @@ def backward(
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
     query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
-    dq = empty_in_layout_of(query, query.shape)
-    dk = empty_in_layout_of(key, key.shape)
-    dv = empty_in_layout_of(value, value.shape)
+    dq = empty_in_layout_of(query)
+    dk = empty_in_layout_of(key)
+    dv = empty_in_layout_of(value)
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
-    row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    row_term = None if sinks is None else torch.empty_like(lse)
     arguments = _arguments(problem)
     _cpu.backward(*arguments, out, lse, dout, dlse, None, 1.0, dq, dk, dv, dmask, row_term)
     dsinks = None
-    if sinks is not None:
+    if sinks is not None and row_term is not None:
         shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
         dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
     return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
@@ -128,7 +130,7 @@ def weights_backward(
     if average:
         shape = (problem.batch, problem.query_heads, problem.query_length, problem.key_length)
         dweights = dweights[:, None].expand(shape)
-    dq, dk = (empty_in_layout_of(x, x.shape) for x in (problem.query, problem.key))
+    dq, dk = (empty_in_layout_of(x) for x in (problem.query, problem.key))
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     share = 1.0 / max(problem.query_heads, 1) if average else 1.0
