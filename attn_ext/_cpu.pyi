@@ -5,12 +5,13 @@ SIMD attention kernels for CPUs; called by attn_ext.backends.cpu.
 from __future__ import annotations
 import typing
 
-__all__: list[str] = ["backward", "capabilities", "forward", "weights"]
+__all__: list[str] = ["backward", "capabilities", "forward", "set_dtypes", "threads_for", "weights"]
 
 def backward(
     capability: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-    problem: tuple,
+    problem: typing.Any,
+    dropout: typing.Any,
     out: typing.Any,
     lse: typing.Any,
     dout: typing.Any,
@@ -35,7 +36,8 @@ def capabilities() -> dict:
 def forward(
     capability: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-    problem: tuple,
+    problem: typing.Any,
+    dropout: typing.Any,
     out: typing.Any,
     lse: typing.Any,
 ) -> None:
@@ -43,10 +45,24 @@ def forward(
     Write out and lse.
     """
 
+def set_dtypes(dtypes: tuple) -> None:
+    """
+    Torch's float32, bfloat16, float16, float64 and bool; before anything else.
+    """
+
+def threads_for(
+    available: typing.SupportsInt | typing.SupportsIndex,
+    flops: typing.SupportsFloat | typing.SupportsIndex,
+) -> int:
+    """
+    How many threads some work gets.
+    """
+
 def weights(
     capability: typing.SupportsInt | typing.SupportsIndex,
     threads: typing.SupportsInt | typing.SupportsIndex,
-    problem: tuple,
+    problem: typing.Any,
+    dropout: typing.Any,
     lse: typing.Any,
     weights: typing.Any,
     average: bool,

@@ -83,8 +83,8 @@ struct Sizes {
   }
 };
 
-// A tensor's address, and its strides at these places of (batch, head, row, column). Its dtype, which
-// costs a look-up, is of interest for masks only: every other follows from the problem's.
+// A tensor's address, and its strides at these places of (batch, head, row, column). Its dtype,
+// which costs a look-up, is of interest for masks only: every other follows from the problem's.
 View as_view(py::handle tensor, std::array<int, 4> places = {0, 1, 2, 3}) {
   static const Name kDataPtr("data_ptr"), kStride("stride");
   View view;
@@ -131,8 +131,8 @@ View as_padding(py::handle tensor) {
   return view;
 }
 
-// A tensor whose last dimension the kernels read as contiguous, copied where it is not. `columns` is
-// that dimension's size.
+// A tensor whose last dimension the kernels read as contiguous, copied where it is not. `columns`
+// is that dimension's size.
 struct Rows {
   py::object tensor;
   View view;
