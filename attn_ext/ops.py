@@ -102,10 +102,12 @@ def _needs_forward_mode(problem: Problem, traced: bool, lse: Tensor | None = Non
 
 
 class _Function(torch.autograd.Function):
+    """Functions that are called in eager mode alone."""
+
     @classmethod
     def record(cls, *arguments: Any) -> Any:
         """`apply`, less what it does for torch.func: `_is_traced` has seen to that."""
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 class _Attention(_Function):

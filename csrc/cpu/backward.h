@@ -102,8 +102,8 @@ void load_dweights(const BackwardArguments& to, const RowBlock& rows, int64_t ke
 // Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if
 // given.
 template <typename Real, typename Element>
-void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys,
-                     Real factor, const BackwardWorkspace<Real, Element>& w, Real* row_sum) {
+void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys, Real factor,
+                     const BackwardWorkspace<Real, Element>& w, Real* row_sum) {
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
@@ -193,10 +193,9 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   const RowBlock& rows = block.rows;
   const T* from = at<const T>(p.key, rows.batch, rows.key_head, key);
   int64_t k_stride, v_stride;
-  const Element* k =
-      as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
-  const Real factor =
-      compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores, w.slope, static_cast<Real*>(nullptr));
+  const Element* k = as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
+  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores,
+                                     w.slope, static_cast<Real*>(nullptr));
   const bool careful = kind == TileKind::kEdge &&
                        !(block.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   if (careful) record_hidden(w.scores, keys, w.hidden);

@@ -44,7 +44,8 @@ struct Stream {
   // Asks for a row some KiB ahead, sooner than the hardware's prefetchers do.
   void prefetch(int64_t index) const {
     index += ahead;
-    const T* from = index < count ? rows + index * stride : next_rows + (index - count) * next_stride;
+    const T* from =
+        index < count ? rows + index * stride : next_rows + (index - count) * next_stride;
     for (int64_t i = 0; i < bytes; i += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 0);
     }
@@ -88,7 +89,8 @@ inline int64_t place_count(int64_t width) {
 template <int kRowCount>
 constexpr int kAtOnce = kRowCount <= 4 ? 4 : 2;
 
-// Calls add(vectors, at) with kCount rows from `first` on, vector by vector in the order of place().
+// Calls add(vectors, at) with kCount rows from `first` on, vector by vector in the order of
+// place().
 template <int kCount, typename Real, typename T, typename Add>
 inline __attribute__((always_inline)) void for_each_column(const Stream<T>& stream, int64_t first,
                                                            Add add) {
@@ -252,8 +254,8 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
   const int64_t value_width = place_count<T, Real>(p.value_dim);
   std::fill(w.queries, w.queries + kDecodeRows * width, Real(0));
   for (int64_t r = 0; r < count; ++r) {
-    const T* query = at<const T>(p.query, batch, key_head * group + r / p.query_length,
-                                 r % p.query_length);
+    const T* query =
+        at<const T>(p.query, batch, key_head * group + r / p.query_length, r % p.query_length);
     for (int64_t d = 0; d < p.head_dim; ++d) {
       w.queries[r * width + place<T, Real>(d)] = static_cast<Real>(to_float(query[d]));
     }

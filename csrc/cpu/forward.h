@@ -100,9 +100,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
                   bool careful, const PackedColumns<T, Element>& packed,
                   const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
-  const Element* k =
-      as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2], keys,
-                  p.head_dim, false, w.keys, &stride);
+  const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
+                                 p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
                                      static_cast<Real*>(nullptr), w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
@@ -112,7 +111,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   const Into<Real> output{w.output, kRows<Real>, false, w.scale};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
-    multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0, output);  // rescales
+    multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0,
+                       output);  // rescales
     accumulate_carefully<T>(p, rows, key, keys, w);
   } else if constexpr (kDepth<Element> == 1) {
     const Element* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),

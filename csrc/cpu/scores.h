@@ -1,6 +1,7 @@
 // The scores of one tile: computed, masked, and their weights dropped.
 //
-// compute_scores leaves s[key][row] so that `factor` times it is the score in units of log2, log2(e)
+// compute_scores leaves s[key][row] so that `factor` times it is the score in units of log2,
+// log2(e)
 // * (everything that the softmax sees), ready for exp2. The factor is positive, and is applied by
 // whoever reads the scores, inside a multiply-add that it needs anyway.
 
@@ -151,8 +152,8 @@ void apply_alibi(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   }
 }
 
-// What queries are multiplied with when they are packed: the scale's sign, so that the factor on the
-// scores is positive and maxima are maxima; 0 if the scale is 0.
+// What queries are multiplied with when they are packed: the scale's sign, so that the factor on
+// the scores is positive and maxima are maxima; 0 if the scale is 0.
 template <typename Real>
 inline Real query_factor(const Problem& p) {
   return p.scale > 0 ? Real(1) : p.scale < 0 ? Real(-1) : Real(0);

@@ -322,8 +322,8 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
 
 template <typename V, int kCount, bool kHigh, int... kLane>
 inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(
-      a, b, (kLane % 2 * kCount + kLane / 2 + (kHigh ? kCount / 2 : 0))...);
+  return __builtin_shufflevector(a, b,
+                                 (kLane % 2 * kCount + kLane / 2 + (kHigh ? kCount / 2 : 0))...);
 }
 
 // Of rows[i], lane j becomes lane i of rows[j]. Each round pairs row i with row i + n / 2 and

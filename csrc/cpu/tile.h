@@ -130,8 +130,8 @@ inline Vec<float> pair_rows(const BFloat16* low, const BFloat16* high, int64_t f
                             int64_t width) {
   const Vec<float> zero{};
   const Words a = reinterpret_cast<Words>(load_some<float>(low + first, width - first));
-  const Words b = reinterpret_cast<Words>(high ? load_some<float>(high + first, width - first)
-                                               : zero);
+  const Words b =
+      reinterpret_cast<Words>(high ? load_some<float>(high + first, width - first) : zero);
   return reinterpret_cast<Vec<float>>(a >> 16 | b);
 }
 
@@ -213,8 +213,8 @@ const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64
 }
 
 // packed[d][j] = the pair (row 2j, row 2j + 1) at d: the transposed operand of a product over keys.
-inline void pack_pairs_by_column(const BFloat16* from, int64_t stride, int64_t count,
-                                 int64_t width, BFloat16Pair* packed) {
+inline void pack_pairs_by_column(const BFloat16* from, int64_t stride, int64_t count, int64_t width,
+                                 BFloat16Pair* packed) {
   constexpr int64_t kW = kLanes<float>;
   for (int64_t first = 0; first < count; first += 2 * kW) {
     for (int64_t d = 0; d < width; d += kW) {

@@ -43,9 +43,8 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   const TileKind kind = classify(p, rows, key, keys);
   if (kind == TileKind::kSkip) return;
   int64_t stride;
-  const Element* k =
-      as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key), p.key.stride[2], keys,
-                  p.head_dim, false, w.keys, &stride);
+  const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
+                                 p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, queries, k, stride, w.scores,
                                      static_cast<Real*>(nullptr), static_cast<Real*>(nullptr));
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
@@ -94,13 +93,14 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
   const PerThread<WeightsWorkspace<Real, Element>> workspaces(threads, p, heads);
 #pragma omp parallel num_threads(threads)
   {
-    const WeightsWorkspace<Real, Element> workspace = workspaces.make(omp_get_thread_num(), p, heads);
+    const WeightsWorkspace<Real, Element> workspace =
+        workspaces.make(omp_get_thread_num(), p, heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t group = item % groups, block = blocks - 1 - item / groups;
       const int64_t per_batch = p.query_heads / heads;
       weights_block<T>(p, to, group / per_batch, group % per_batch * heads, heads, block,
-                             workspace);
+                       workspace);
     }
   }
 }
