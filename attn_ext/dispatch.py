@@ -80,7 +80,7 @@ def select(problem: Problem, requested: str | None = None) -> ModuleType:
         ValueError: there is no such backend.
         NotImplementedError: the requested backend can't run the problem.
     """
-    name = _checked_name(requested) or _forced.get()
+    name = _forced.get() if requested is None else _checked_name(requested)
     if name is not None:
         backend = load(name)
         reasons = backend.not_supported_reasons(problem)

@@ -119,7 +119,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend)
+    out, lse = ops.attention(problem, backend, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -230,11 +230,10 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, got both")
     causal: str | None = "upper_left" if is_causal else None
-    plain = type(query) is Tensor and type(key) is Tensor and type(value) is Tensor
-    if plain and attn_mask is None and torch._C._len_torch_function_stack() == 0:
-        pass  # nothing can override the function, and asking takes longer
-    elif has_torch_function((query, key, value)) or (
-        has_torch_function((attn_mask,)) and not isinstance(attn_mask, CausalBias)
+    if has_torch_function((query, key, value)) or (
+        attn_mask is not None
+        and has_torch_function((attn_mask,))
+        and not isinstance(attn_mask, CausalBias)
     ):
         return handle_torch_function(
             scaled_dot_product_attention,
@@ -252,23 +251,21 @@ def scaled_dot_product_attention(
         lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
     leading = None
-    if not plain or query.dim() != 4 or key.shape[:2] != query.shape[:2] or value.dim() != 4:
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dim() < 2:
-                raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
-        if query.dim() != 4 or key.shape[:2] != query.shape[:2] or value.dim() != 4:
-            query, key, value, attn_mask, leading = _to_four_dimensions(
-                query, key, value, attn_mask, enable_gqa
-            )
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dim() == key.dim() == value.dim() == 4
+        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
+    ):
+        query, key, value, attn_mask, leading = _to_four_dimensions(
+            query, key, value, attn_mask, enable_gqa
+        )
     out = attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, causal=causal, scale=scale
     )
     assert isinstance(out, Tensor)
-    if leading is None or len(leading) == 2:
-        return out
-    return out.reshape(*leading, *out.shape[-2:])
+    return out if leading is None else out.reshape(*leading, *out.shape[-2:])
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Explanation:
@@ -385,6 +382,11 @@ def _to_four_dimensions(
     Returns the four tensors and the output's leading dimensions.
     """
     tensors = (query, key, value)
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must be at least 2-D, got shape {tuple(tensor.shape)}")
     heads = [tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in tensors]
     try:
         batch = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in tensors))

@@ -134,7 +134,7 @@ def _weights_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem, _, _ = _parse(arguments)
     shape = (problem.batch, problem.query_heads, problem.query_length)
-    out = empty_in_layout_of(problem.query, (*shape, problem.value.shape[3]))
+    out = empty_in_layout_of(problem.query, problem.value.shape[3])
     return out, problem.query.new_empty(shape, dtype=problem.compute_dtype)
 
 
@@ -143,9 +143,9 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     mask = problem.attn_mask if extra[-1] else None
     return _without_none(
         Gradients(
-            empty_in_layout_of(problem.query, tuple(problem.query.shape)),
-            empty_in_layout_of(problem.key, tuple(problem.key.shape)),
-            empty_in_layout_of(problem.value, tuple(problem.value.shape)),
+            empty_in_layout_of(problem.query),
+            empty_in_layout_of(problem.key),
+            empty_in_layout_of(problem.value),
             None if mask is None else mask.new_empty(mask.shape),
             None if problem.sinks is None else problem.sinks.new_empty(problem.sinks.shape),
         ),
@@ -166,8 +166,8 @@ def _weights_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     mask = problem.attn_mask if mask_gradient else None
     return _without_none(
         WeightsGradients(
-            empty_in_layout_of(problem.query, tuple(problem.query.shape)),
-            empty_in_layout_of(problem.key, tuple(problem.key.shape)),
+            empty_in_layout_of(problem.query),
+            empty_in_layout_of(problem.key),
             None if mask is None else mask.new_empty(mask.shape),
             lse.new_empty(lse.shape),
         ),

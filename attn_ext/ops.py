@@ -26,32 +26,29 @@ from attn_ext.second_derivatives import (
 )
 
 
-def attention(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable."""
-    if backend == "reference" or _needs_forward_mode(problem):
+def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:
+    """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable.
+
+    Without `with_lse` LSE may be None: making a tensor takes a tenth of a small attention's time.
+    """
+    traced = _is_traced(problem)
+    if backend == "reference" or _needs_forward_mode(problem, traced):
         return reference.forward(problem)
-    if _is_traced(problem):
+    if traced:
         tensors, options = split_arguments(problem, backend)
         return call("attention", *tensors, *options)
     module = dispatch.select(problem, backend)
     if module is reference or not _needs_gradient(problem):
-        return module.forward(problem)
-    return _Attention.apply(
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.attn_mask,
-        problem.sinks,
-        problem,
-        module,
-    )
+        return module.forward(problem, with_lse)
+    return _Attention.record(*differentiable_inputs(problem), problem, module)
 
 
 def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str | None) -> Tensor:
     """Weights after dropout, (B, Hq, Lq, Lk) or averaged over heads (B, Lq, Lk), differentiable."""
-    if backend == "reference" or _needs_forward_mode(problem, lse):
+    traced = _is_traced(problem)
+    if backend == "reference" or _needs_forward_mode(problem, traced, lse):
         return reference.weights(problem, lse, average)
-    if _is_traced(problem):
+    if traced:
         tensors, options = split_arguments(problem, backend)
         return call("attention_weights", *tensors, lse, average, *options)
     module = dispatch.select(problem, backend)
@@ -59,7 +56,7 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str
         _needs_gradient(problem) or (torch.is_grad_enabled() and lse.requires_grad)
     ):
         return module.weights(problem, lse, average)
-    return _Weights.apply(
+    return _Weights.record(
         problem.query, problem.key, problem.attn_mask, lse, problem, average, module
     )
 
@@ -87,23 +84,33 @@ def _is_traced(problem: Problem) -> bool:
     )
 
 
-def _needs_forward_mode(problem: Problem, lse: Tensor | None = None) -> bool:
+def _needs_forward_mode(problem: Problem, traced: bool, lse: Tensor | None = None) -> bool:
     """Whether tangents flow through: torch.func.jvp, jacfwd, hessian, or dual tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    if traced:
+        if torch.compiler.is_compiling():
+            return False
+        if torch._C._functorch.maybe_current_level() is not None:
+            stack = torch._C._functorch.get_interpreter_stack() or ()
+            return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
     if forward_ad._current_level < 0:
         return False
-    tensors = (problem.query, problem.key, problem.value, problem.attn_mask, problem.sinks, lse)
+    tensors = (*differentiable_inputs(problem), lse)
     return any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
         for tensor in tensors
     )
 
 
-class _Attention(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """Functions that are called in eager mode alone."""
+
+    @classmethod
+    def record(cls, *arguments: Any) -> Any:
+        """`apply`, less what it does for torch.func: `_is_traced` has seen to that."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+class _Attention(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -116,8 +123,8 @@ class _Attention(torch.autograd.Function):
         module: Any,
     ) -> tuple[Tensor, Tensor]:
         out, lse = module.forward(problem)
-        ctx.save_for_backward(*differentiable_inputs(problem), *_constants(problem), out, lse)
-        ctx.settings, ctx.module = _without_tensors(problem), module
+        ctx.save_for_backward(*problem.tensors, out, lse)
+        ctx.settings, ctx.module = problem.settings, module
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -133,7 +140,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _AttentionBackward.apply(*tensors, *arguments, ctx.settings, ctx.module)
         else:
-            grads = ctx.module.backward(_with_tensors(ctx.settings, tensors), *arguments)
+            grads = ctx.module.backward(Problem(*tensors, *ctx.settings), *arguments)
         return (*grads, None, None)
 
 
@@ -147,20 +154,20 @@ class _AttentionBackward(torch.autograd.Function):
         ctx.save_for_backward(*tensors, dout, dlse)
         ctx.settings, ctx.mask_gradient = settings, mask_gradient
         ctx.set_materialize_grads(False)
-        problem = _with_tensors(settings, tensors)
+        problem = Problem(*tensors, *settings)
         return tuple(module.backward(problem, out, lse, dout, dlse, mask_gradient))
 
     @staticmethod
     def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:
         *tensors, dout, dlse = ctx.saved_tensors
-        problem = _with_tensors(ctx.settings, tensors)
+        problem = Problem(*tensors, *ctx.settings)
         *grads, ddout, ddlse = second_derivative(
             problem, dout, dlse, ctx.mask_gradient, second_gradients
         )
         return (*grads, None, None, None, None, ddout, ddlse, None, None, None)
 
 
-class _Weights(torch.autograd.Function):
+class _Weights(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -172,8 +179,8 @@ class _Weights(torch.autograd.Function):
         average: bool,
         module: Any,
     ) -> Tensor:
-        ctx.save_for_backward(*differentiable_inputs(problem), *_constants(problem), lse)
-        ctx.settings, ctx.average, ctx.module = _without_tensors(problem), average, module
+        ctx.save_for_backward(*problem.tensors, lse)
+        ctx.settings, ctx.average, ctx.module = problem.settings, average, module
         return module.weights(problem, lse, average)
 
     @staticmethod
@@ -185,7 +192,7 @@ class _Weights(torch.autograd.Function):
                 *tensors, lse, dweights, ctx.average, mask_gradient, ctx.settings, ctx.module
             )
         else:
-            problem = _with_tensors(ctx.settings, tensors)
+            problem = Problem(*tensors, *ctx.settings)
             grads = ctx.module.weights_backward(problem, lse, dweights, ctx.average, mask_gradient)
         return (*grads, None, None, None)
 
@@ -200,45 +207,14 @@ class _WeightsBackward(torch.autograd.Function):
         ctx.save_for_backward(*tensors, lse, dweights)
         ctx.settings, ctx.average, ctx.mask_gradient = settings, average, mask_gradient
         ctx.set_materialize_grads(False)
-        problem = _with_tensors(settings, tensors)
+        problem = Problem(*tensors, *settings)
         return tuple(module.weights_backward(problem, lse, dweights, average, mask_gradient))
 
     @staticmethod
     def backward(ctx: Any, *second_gradients: Tensor | None) -> Any:
         *tensors, lse, dweights = ctx.saved_tensors
-        problem = _with_tensors(ctx.settings, tensors)
+        problem = Problem(*tensors, *ctx.settings)
         dq, dk, dmask, dlse, ddweights = weights_second_derivative(
             problem, lse, dweights, ctx.average, ctx.mask_gradient, second_gradients
         )
         return (dq, dk, None, dmask, *(None,) * 3, dlse, ddweights, *(None,) * 4)
-
-
-def _constants(problem: Problem) -> tuple[Tensor | None, ...]:
-    return problem.key_padding_mask, problem.alibi_slopes
-
-
-def _without_tensors(problem: Problem) -> Problem:
-    """The settings alone: tensors are kept by save_for_backward, whose hooks may move them."""
-    none: Any = None
-    return problem.replace(
-        query=none,
-        key=none,
-        value=none,
-        attn_mask=None,
-        sinks=None,
-        key_padding_mask=None,
-        alibi_slopes=None,
-    )
-
-
-def _with_tensors(settings: Problem, tensors: Any) -> Problem:
-    query, key, value, attn_mask, sinks, key_padding_mask, alibi_slopes = tensors
-    return settings.replace(
-        query=query,
-        key=key,
-        value=value,
-        attn_mask=attn_mask,
-        sinks=sinks,
-        key_padding_mask=key_padding_mask,
-        alibi_slopes=alibi_slopes,
-    )

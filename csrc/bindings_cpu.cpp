@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
+#include <utility>
 
 #include "attention.h"
 #include "cpu/kernels.h"
@@ -57,6 +59,14 @@ int64_t as_int(PyObject* x) {
 }
 int64_t get_int(py::handle object, const Name& name) { return as_int(get(object, name).ptr()); }
 
+// A position, no farther than kFar even where Python's int is wider than 64 bits.
+int64_t near(int64_t position) { return std::clamp(position, -kFar, kFar); }
+int64_t get_near(py::handle object, const Name& name) {
+  int overflow = 0;
+  const int64_t position = PyLong_AsLongLongAndOverflow(get(object, name).ptr(), &overflow);
+  return overflow ? overflow * kFar : near(position);
+}
+
 double get_double(py::handle object, const Name& name) {
   const double value = PyFloat_AsDouble(get(object, name).ptr());
   if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
@@ -73,55 +83,103 @@ struct Sizes {
   }
 };
 
-// A tensor whose dimensions stand at these places of (batch, head, row, column). One of size 1 gets
-// a stride of 0: it broadcasts, or its stride does not matter.
+// A tensor's address, and its strides at these places of (batch, head, row, column). Its dtype,
+// which costs a look-up, is of interest for masks only: every other follows from the problem's.
 View as_view(py::handle tensor, std::array<int, 4> places = {0, 1, 2, 3}) {
-  static const Name kDataPtr("data_ptr"), kStride("stride"), kShape("shape"), kDtype("dtype");
+  static const Name kDataPtr("data_ptr"), kStride("stride");
   View view;
   if (tensor.is_none()) return view;
   view.data = PyLong_AsVoidPtr(call(tensor, kDataPtr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
-  const Sizes strides(call(tensor, kStride)), shape(get(tensor, kShape));
+  const Sizes strides(call(tensor, kStride));
   for (Py_ssize_t i = 0; i < strides.count; ++i) {
-    view.stride[places[static_cast<size_t>(i)]] = shape.items[i] == 1 ? 0 : strides.items[i];
+    view.stride[places[static_cast<size_t>(i)]] = strides.items[i];
   }
-  const py::object dtype = get(tensor, kDtype);
-  const auto found = std::find(dtypes.begin(), dtypes.end(), dtype.ptr());
-  if (found == dtypes.end()) throw py::type_error("a tensor's dtype has no kernel");
-  view.dtype = static_cast<attn_ext::DType>(found - dtypes.begin());
   return view;
 }
-// (B, Lk); (Hq,) or (B, Hq).
-View as_padding(py::handle tensor) { return as_view(tensor, {0, 3, 0, 0}); }
+// (Hq,) or (B, Hq).
 View as_heads(py::handle tensor) {
   static const Name kNdim("ndim");
   if (tensor.is_none()) return {};
   return get_int(tensor, kNdim) == 1 ? as_view(tensor, {1, 0, 0, 0}) : as_view(tensor);
 }
 
+attn_ext::DType dtype_of(py::handle tensor) {
+  static const Name kDtype("dtype");
+  const py::object dtype = get(tensor, kDtype);
+  const auto found = std::find(dtypes.begin(), dtypes.end(), dtype.ptr());
+  if (found == dtypes.end()) throw py::type_error("a tensor's dtype has no kernel");
+  return static_cast<attn_ext::DType>(found - dtypes.begin());
+}
+
+// A mask of a dtype of its own, (B, Hq, Lq, Lk); a dimension of size 1 broadcasts.
+View as_mask(py::handle tensor) {
+  static const Name kShape("shape");
+  View view = as_view(tensor);
+  if (tensor.is_none()) return view;
+  const Sizes shape(get(tensor, kShape));
+  for (int i = 0; i < 4; ++i) {
+    if (shape.items[i] == 1) view.stride[i] = 0;
+  }
+  view.dtype = dtype_of(tensor);
+  return view;
+}
+// (B, Lk).
+View as_padding(py::handle tensor) {
+  View view = as_view(tensor, {0, 3, 0, 0});
+  if (!tensor.is_none()) view.dtype = dtype_of(tensor);
+  return view;
+}
+
+// A tensor whose last dimension the kernels read as contiguous, copied where it is not. `columns`
+// is that dimension's size.
+struct Rows {
+  py::object tensor;
+  View view;
+
+  Rows(py::object given, int64_t columns) : tensor(std::move(given)), view(as_view(tensor)) {
+    static const Name kIsNeg("is_neg"), kResolveNeg("resolve_neg"), kContiguous("contiguous");
+    if (tensor.is_none()) return;
+    const bool negative = call(tensor, kIsNeg).ptr() == Py_True;
+    if (!negative && (view.stride[3] == 1 || columns <= 1)) return;
+    tensor = call(call(tensor, kResolveNeg), kContiguous);
+    view = as_view(tensor);
+  }
+};
+
+// attention.h's problem, and what must live as long as its addresses are read.
+struct Problem {
+  attn_ext::Problem native;
+  py::object kept[3];
+};
+
 // `dropout`: None, or the pair (threshold, seed).
-attn_ext::Problem as_problem(py::handle problem, py::handle dropout) {
+Problem as_problem(py::handle problem, py::handle dropout) {
   static const Name kQuery("query"), kKey("key"), kValue("value"), kMask("attn_mask"),
       kPadding("key_padding_mask"), kAlibi("alibi_slopes"), kSinks("sinks"), kShape("shape"),
       kScale("scale"), kSoftcap("softcap"), kCausal("causal"), kWindow("window"),
       kDiagonal("diagonal"), kQueryStart("q_start"), kKeyStart("k_start"), kDropout("dropout_p"),
       kOffset("offset");
-  attn_ext::Problem p;
-  const py::object query = get(problem, kQuery), value = get(problem, kValue);
+  Problem result;
+  attn_ext::Problem& p = result.native;
+  py::object query = get(problem, kQuery), value = get(problem, kValue);
   const Sizes queries(get(query, kShape)), values(get(value, kShape));
   p.batch = queries.items[0], p.query_heads = queries.items[1], p.key_heads = values.items[1];
   p.query_length = queries.items[2], p.key_length = values.items[2];
   p.head_dim = queries.items[3], p.value_dim = values.items[3];
-  p.query = as_view(query), p.key = as_view(get(problem, kKey)), p.value = as_view(value);
-  p.dtype = p.query.dtype;
-  p.mask = as_view(get(problem, kMask)), p.key_mask = as_padding(get(problem, kPadding));
+  p.dtype = dtype_of(query);
+  Rows q(std::move(query), p.head_dim), k(get(problem, kKey), p.head_dim);
+  Rows v(std::move(value), p.value_dim);
+  p.query = q.view, p.key = k.view, p.value = v.view;
+  result.kept[0] = std::move(q.tensor), result.kept[1] = std::move(k.tensor);
+  result.kept[2] = std::move(v.tensor);
+  p.mask = as_mask(get(problem, kMask)), p.key_mask = as_padding(get(problem, kPadding));
   p.alibi_slopes = as_heads(get(problem, kAlibi)), p.sinks = as_heads(get(problem, kSinks));
   p.scale = get_double(problem, kScale), p.softcap = get_double(problem, kSoftcap);
 
   p.query_start = get_int(problem, kQueryStart), p.key_start = get_int(problem, kKeyStart);
   const bool causal = !get(problem, kCausal).is_none();
-  p.diagonal =
-      std::clamp(causal ? get_int(problem, kDiagonal) : p.query_start - p.key_start, -kFar, kFar);
+  p.diagonal = causal ? get_near(problem, kDiagonal) : near(p.query_start - p.key_start);
   const Sizes window(get(problem, kWindow));
   const auto reach = [](int64_t side) { return side < 0 ? 2 * kFar : std::min(side, 2 * kFar); };
   p.left = reach(window.items[0]), p.right = causal ? 0 : reach(window.items[1]);
@@ -132,7 +190,7 @@ attn_ext::Problem as_problem(py::handle problem, py::handle dropout) {
     p.dropout_p = get_double(problem, kDropout), p.dropout_threshold = threshold;
     p.seed = seed, p.offset = static_cast<uint32_t>(get_int(problem, kOffset));
   }
-  return p;
+  return result;
 }
 
 int threads_for(int available, double flops) {
@@ -147,34 +205,50 @@ int threads_for(int available, const attn_ext::Problem& p) {
 
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::kAllKernels[index]; }
 
+// A (B, Hq, Lq) result of the kernels; memory that nobody reads where the caller passed None.
+struct RowResult {
+  View view;
+  std::unique_ptr<double[]> unread;
+
+  RowResult(py::handle tensor, const attn_ext::Problem& p) : view(as_view(tensor)) {
+    if (!tensor.is_none()) return;
+    const int64_t heads = p.query_heads, rows = p.query_length;
+    unread.reset(new double[static_cast<size_t>(p.batch * heads * rows)]);
+    view = {unread.get(), {heads * rows, rows, 1, 0}};
+  }
+};
+
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
              py::handle lse) {
-  const attn_ext::Problem p = as_problem(problem, dropout);
-  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
-  py::gil_scoped_release release;
-  kernels(index).forward(p, to, threads_for(threads, p));
+  const Problem p = as_problem(problem, dropout);
+  const RowResult lses(lse, p.native);
+  const attn_ext::ForwardArguments to{as_view(out), lses.view};
+  const py::gil_scoped_release release;
+  kernels(index).forward(p.native, to, threads_for(threads, p.native));
 }
 
-void backward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
-              py::handle lse, py::handle dout, py::handle dlse, py::handle dweights,
+void backward(int index, int threads, py::handle problem, py::handle dropout, py::object out,
+              py::handle lse, py::object dout, py::handle dlse, py::handle dweights,
               double dweights_scale, py::handle dquery, py::handle dkey, py::handle dvalue,
               py::handle dmask, py::handle row_term) {
-  const attn_ext::Problem p = as_problem(problem, dropout);
+  const Problem p = as_problem(problem, dropout);
+  const Rows outs(std::move(out), p.native.value_dim), douts(std::move(dout), p.native.value_dim);
+  const RowResult row_terms(row_term, p.native);
   attn_ext::BackwardArguments to;
-  to.out = as_view(out), to.lse = as_view(lse), to.dout = as_view(dout), to.dlse = as_view(dlse);
+  to.out = outs.view, to.lse = as_view(lse), to.dout = douts.view, to.dlse = as_view(dlse);
   to.dweights = as_view(dweights), to.dweights_scale = dweights_scale;
   to.dquery = as_view(dquery), to.dkey = as_view(dkey), to.dvalue = as_view(dvalue);
-  to.dmask = as_view(dmask), to.row_term = as_view(row_term);
-  py::gil_scoped_release release;
-  kernels(index).backward(p, to, threads_for(threads, p));
+  to.dmask = as_mask(dmask), to.row_term = row_terms.view;
+  const py::gil_scoped_release release;
+  kernels(index).backward(p.native, to, threads_for(threads, p.native));
 }
 
 void weights(int index, int threads, py::handle problem, py::handle dropout, py::handle lse,
              py::handle weights, bool average) {
-  const attn_ext::Problem p = as_problem(problem, dropout);
+  const Problem p = as_problem(problem, dropout);
   const attn_ext::WeightsArguments to{as_view(lse), as_view(weights), average};
-  py::gil_scoped_release release;
-  kernels(index).weights(p, to, threads_for(threads, p));
+  const py::gil_scoped_release release;
+  kernels(index).weights(p.native, to, threads_for(threads, p.native));
 }
 
 py::dict capabilities() {

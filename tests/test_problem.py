@@ -46,6 +46,7 @@ WRONG = {
     "integer value": ({"value": x(B, 3, S, D, dtype=torch.int32)}, TypeError, "value must be of a floating dtype"),
     "mixed devices": ({"value": x(B, 3, S, D, device="meta")}, ValueError, "value must be on query's device cpu, got meta"),
     "sparse": ({"query": x(B, H, L, D).to_sparse()}, TypeError, "query must be a dense strided tensor"),
+    "nested": ({"query": torch.nested.as_nested_tensor([x(H, L, D)] * B)}, TypeError, "query must be a dense strided tensor"),
     "too long": ({"key": x(1, 1, 1, D).expand(B, 3, 2**31, D), "value": x(1, 1, 1, D).expand(B, 3, 2**31, D)}, ValueError, "at most 2147483647 long, got 5 and 2147483648"),
     "too many heads": ({"query": x(1, 1, 1, D).expand(2**16, 2**15, L, D), "key": x(1, 1, 1, D).expand(2**16, 1, S, D), "value": x(1, 1, 1, D).expand(2**16, 1, S, D)}, ValueError, "at most 2147483647 batch"),
     "mask shape": ({"attn_mask": x(L, 6)}, ValueError, r"attn_mask must broadcast to .* \(2, 6, 5, 7\), got shape \(5, 6\)"),
@@ -62,6 +63,8 @@ WRONG = {
     "dropout 1": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     "dropout negative": ({"dropout_p": -0.1}, ValueError, "dropout_p must be in"),
     "dropout NaN": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in .* got nan"),
+    "dropout bool": ({"dropout_p": False}, TypeError, "dropout_p must be a float, got bool"),
+    "dropout tensor": ({"dropout_p": x(2)}, TypeError, "dropout_p must be a float, got Tensor"),
     "dropout type": ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a float, got str"),
     "causal": ({"causal": "left"}, ValueError, "causal must be False, True, .* got 'left'"),
     "window negative": ({"window": (-2, 3)}, ValueError, r"window must hold sizes of at least 0, .* got \(-2, 3\)"),
@@ -114,6 +117,14 @@ def test_what_build_leaves_alone() -> None:
     assert problem.window == (3, 3)
     assert problem.reach == (3, 0)
     assert problem.scale == pytest.approx(D**-0.5)
+
+
+def test_positions_as_far_apart_as_allowed() -> None:
+    """Their difference and the lengths' do not fit in 64 bits."""
+    query, key = torch.randn(1, 1, 1, D), torch.randn(1, 1, S, D)
+    ends = {"q_start": 2**62 - 1, "k_start": 1 - 2**62}
+    actual = attn_ext.attention(query, key, key, causal="lower_right", **ends)
+    torch.testing.assert_close(actual, attn_ext.attention(query, key, key))
 
 
 SIZE = st.integers(0, 3)

@@ -1,7 +1,7 @@
 """The implementations of attention, one file each, with the same five functions:
 
     not_supported_reasons(problem) -> list[str]     why this backend can't run it; empty: it can
-    forward(problem) -> (out, lse)
+    forward(problem, with_lse) -> (out, lse)        without with_lse LSE may be None
     backward(problem, out, lse, dout, dlse, mask_gradient) -> Gradients
     weights(problem, lse, average) -> weights
     weights_backward(problem, lse, dweights, average, mask_gradient) -> WeightsGradients
@@ -36,18 +36,21 @@ class WeightsGradients(NamedTuple):
     lse: Tensor
 
 
-def empty_in_layout_of(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A new dense tensor of that shape whose dimensions lie in memory in `like`'s order.
+def empty_in_layout_of(like: Tensor, columns: int | None = None) -> Tensor:
+    """A new dense tensor of `like`'s shape, dtype and order of dimensions in memory.
 
     An output in query's order means that (B, L, H, D) projections get a (B, L, H, D) output and
-    nobody has to transpose.
+    nobody has to transpose. The last dimension lies innermost, and may get another size: `columns`.
     """
-    if like.shape == shape:
+    if columns is None or columns == like.shape[3]:
         out = torch.empty_like(like)  # several times as fast
-        if out.stride()[-1] == 1:
+        if out.stride()[3] == 1:
             return out
-    strides = like.stride()
-    order = sorted(range(like.dim() - 1), key=lambda dim: strides[dim], reverse=True)
+    strides, shape = like.stride(), like.shape
+    order = sorted(range(3), key=lambda dim: strides[dim], reverse=True)
     return torch.empty_permuted(
-        shape, (*order, like.dim() - 1), dtype=like.dtype, device=like.device
+        (*shape[:3], shape[3] if columns is None else columns),
+        (*order, 3),
+        dtype=like.dtype,
+        device=like.device,
     )

@@ -70,17 +70,19 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if _cpu is None:
         reasons.append(f"attn_ext._cpu is not built ({_import_error}); run `pip install -e .`")
-    if problem.query.device.type != "cpu":
+    if not problem.query.is_cpu:
         reasons.append(f"query is on {problem.query.device}, and this backend takes CPU tensors")
     return reasons
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
-    batch, heads, length, _ = query.shape
-    out = empty_in_layout_of(query, (batch, heads, length, problem.value.shape[3]))
-    lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
+    out = empty_in_layout_of(query, problem.value.shape[3])
+    lse = None
+    if with_lse:
+        batch, heads, length, _ = query.shape
+        lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
     _cpu.forward(*_arguments(problem), out, lse)
     return out, lse
 
@@ -94,18 +96,18 @@ def backward(
     mask_gradient: bool,
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
-    problem, out, dout = _prepared(problem), _rows_contiguous(out), _rows_contiguous(dout)
-    dq, dk, dv = (
-        empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key, problem.value)
-    )
+    query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
+    dq = empty_in_layout_of(query)
+    dk = empty_in_layout_of(key)
+    dv = empty_in_layout_of(value)
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
-    row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    row_term = None if sinks is None else torch.empty_like(lse)
     arguments = _arguments(problem)
     _cpu.backward(*arguments, out, lse, dout, dlse, None, 1.0, dq, dk, dv, dmask, row_term)
     dsinks = None
-    if problem.sinks is not None:
-        sinks = problem.sinks.to(lse.dtype)[:, None]
-        dsinks = -(torch.exp(sinks - lse) * row_term).sum(dim=(0, 2)).to(problem.sinks.dtype)
+    if sinks is not None and row_term is not None:
+        shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
     return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
 
 
@@ -124,12 +126,11 @@ def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
     """Gradients of `weights`, LSE being an input of its own."""
-    problem = _prepared(problem)
     problem = problem.replace(value=problem.key[..., :0])
     if average:
         shape = (problem.batch, problem.query_heads, problem.query_length, problem.key_length)
         dweights = dweights[:, None].expand(shape)
-    dq, dk = (empty_in_layout_of(x, tuple(x.shape)) for x in (problem.query, problem.key))
+    dq, dk = (empty_in_layout_of(x) for x in (problem.query, problem.key))
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     share = 1.0 / max(problem.query_heads, 1) if average else 1.0
@@ -143,30 +144,9 @@ def _arguments(problem: Problem) -> tuple[int, int, Problem, tuple[int, int] | N
     dropout = None
     if problem.dropout_p > 0:
         dropout = (dropout_threshold(problem.dropout_p), problem.seed_value)
-    return _CAPABILITIES.index(capability), num_threads(), _prepared(problem), dropout
-
-
-def _prepared(problem: Problem) -> Problem:
-    """The problem as the kernels read it: rows contiguous, sinks in the compute dtype."""
     if problem.sinks is not None and problem.sinks.dtype != problem.compute_dtype:
         problem = problem.replace(sinks=problem.sinks.to(problem.compute_dtype))
-    query, key, value = problem.query, problem.key, problem.value
-    if (
-        query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        and not (query.is_neg() or key.is_neg() or value.is_neg())
-    ) or (_readable(query) and _readable(key) and _readable(value)):
-        return problem
-    return problem.replace(
-        query=_rows_contiguous(query), key=_rows_contiguous(key), value=_rows_contiguous(value)
-    )
-
-
-def _readable(tensor: Tensor) -> bool:
-    return (tensor.stride()[3] == 1 or tensor.shape[3] <= 1) and not tensor.is_neg()
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if _readable(tensor) else tensor.resolve_neg().contiguous()
+    return _CAPABILITIES.index(capability), num_threads(), problem, dropout
 
 
 def _broadcast_mask(mask: Tensor, problem: Problem) -> Tensor:
