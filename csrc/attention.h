@@ -43,7 +43,7 @@ struct Problem {
 
 struct ForwardArguments {
   View out;  // (B, Hq, Lq, Dv)
-  View lse;  // (B, Hq, Lq, -), compute type
+  View lse;  // (B, Hq, Lq, -), compute type, or null
 };
 
 // Gradients of an output and of LSE (dout, dlse), or of the weights (dweights); never both.

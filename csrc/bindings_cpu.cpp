@@ -221,8 +221,7 @@ struct RowResult {
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
              py::handle lse) {
   const Problem p = as_problem(problem, dropout);
-  const RowResult lses(lse, p.native);
-  const attn_ext::ForwardArguments to{as_view(out), lses.view};
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
   const py::gil_scoped_release release;
   kernels(index).forward(p.native, to, threads_for(threads, p.native));
 }

@@ -10,8 +10,10 @@
 constexpr int64_t kDecodeRows = 8;
 constexpr int64_t kDecodeKeys = 512;  // fewer lie in a cache anyway
 
-inline bool suits_decode(const Problem& p) {
-  return p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= kDecodeKeys &&
+// Only where LSE is not wanted: a backward pass recomputes the scores from it in forward.h's order
+// of summation, and is the more exact for it.
+inline bool suits_decode(const Problem& p, const ForwardArguments& to) {
+  return !to.lse && p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= kDecodeKeys &&
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
@@ -334,8 +336,6 @@ void write_decoded(const Problem& p, const ForwardArguments& to, int64_t batch, 
     for (int64_t d = 0; d < p.value_dim; ++d) {
       from_float(merged[place<T, Real>(d)] * inverse, out + d);
     }
-    *at<Real>(to.lse, batch, head, row) =
-        std::isinf(max) ? max : static_cast<Real>(kLn2) * max + std::log(sum);
   }
 }
 

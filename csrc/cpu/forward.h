@@ -156,6 +156,7 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
   for (int64_t i = 0; i < rows.count; ++i) {
     const Real max = w.max[i], sum = w.sum[i];
     inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
+    if (!to.lse) continue;
     *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) =
         std::isinf(max) ? max : static_cast<Real>(kLn2) * max + std::log(sum);
   }

@@ -50,9 +50,9 @@ void with_types(DType dtype, Call call) {
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  if (left_to_avx512(p) || suits_decode(p)) return kAvx512Kernels.forward(p, to, threads);
+  if (left_to_avx512(p) || suits_decode(p, to)) return kAvx512Kernels.forward(p, to, threads);
 #else
-  if (suits_decode(p)) {
+  if (suits_decode(p, to)) {
     return with_types(p.dtype, [&](auto t, auto real, auto) {
       decode<decltype(t), decltype(real)>(p, to, threads);
     });
