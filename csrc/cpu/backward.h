@@ -31,7 +31,7 @@ struct BackwardWorkspace {
     dscores = arena.take<Real>(tile);
     slope = arena.take<Real>(p.softcap != 0 ? tile : 0);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
-    lse = arena.take<Real>(kRows<Real>);
+    lse = arena.take<Real>(2 * kRows<Real>);
     row_term = arena.take<Real>(kRows<Real>);
     dqueries = arena.take<Real>(p.head_dim * kRows<Real>);
     hidden = arena.take<uint8_t>(tile);
@@ -108,7 +108,7 @@ void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys, Real 
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
       const Vec<Real> s = load(w.scores + index);
-      const Vec<Real> weight = weight_of<Real>(s, factor, load(w.lse + lane));
+      const Vec<Real> weight = weight_of<Real>(s, factor, w.lse + lane);
       Vec<Real> gradient = load(w.dscores + index), dropped = weight;
       if (p.dropout_p > 0) {
         const Vec<Real> keep = load(w.keep + index);

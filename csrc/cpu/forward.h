@@ -158,7 +158,7 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
     inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
     if (!to.lse) continue;
     *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) =
-        std::isinf(max) ? max : static_cast<Real>(kLn2) * max + std::log(sum);
+        std::isinf(max) ? max : static_cast<Real>(kLn2 * max + std::log(sum));
   }
   T* out = at<T>(to.out, rows.batch, rows.head, rows.first);
   for_each_row(w.output, p.value_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {

@@ -15,24 +15,30 @@ struct WeightsWorkspace {
     total = arena.take<Real>(kKeys * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? kKeys * kRows<Real> : 0);
     keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
-    lse = arena.take<Real>(heads * kRows<Real>);
+    lse = arena.take<Real>(heads * 2 * kRows<Real>);
   }
 };
 
-// The block's LSE in log2 units; +inf for a row that sees nothing, which makes its weights 0.
+// The block's LSE in log2 units, and kRows further what rounding took from a float32 one: the
+// weights' error would be that of the rounding. +inf for a row that sees nothing, which makes its
+// weights 0.
 template <typename Real>
 void load_lse(const View& lse, const RowBlock& rows, Real* to) {
   for (int64_t i = 0; i < kRows<Real>; ++i) {
     const Real x =
         i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i) : Real(0);
-    to[i] = x == -kInfinity<Real> ? kInfinity<Real> : x * static_cast<Real>(kLog2E);
+    to[i] = x == -kInfinity<Real> ? kInfinity<Real> : static_cast<Real>(x * kLog2E);
+    const double rest = std::fma(static_cast<double>(x), kLog2E, -static_cast<double>(to[i]));
+    to[kRows<Real> + i] =
+        sizeof(Real) == 4 && std::isfinite(to[i]) ? static_cast<Real>(rest) : Real(0);
   }
 }
 
-// exp2(s - lse), exactly 0 where hidden even if LSE is NaN.
+// A weight, exactly 0 where hidden even if LSE is NaN; `lse` points into what load_lse made.
 template <typename Real>
-inline Vec<Real> weight_of(Vec<Real> s, Real factor, Vec<Real> lse) {
-  return s == -kInfinity<Real> ? Vec<Real>{} : exp2_of_any<Real>(s * factor - lse);
+inline Vec<Real> weight_of(Vec<Real> s, Real factor, const Real* lse) {
+  const Vec<Real> x = s * factor - load(lse) - load(lse + kRows<Real>);
+  return s == -kInfinity<Real> ? Vec<Real>{} : exp2_of_any<Real>(x);
 }
 
 // total += the weights of one head's tile.
@@ -51,7 +57,7 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
-      Vec<Real> weight = weight_of<Real>(load(w.scores + index), factor, load(lse + lane));
+      Vec<Real> weight = weight_of<Real>(load(w.scores + index), factor, lse + lane);
       if (p.dropout_p > 0) weight *= load(w.keep + index);
       store<Real>(w.total + index, load(w.total + index) + weight);
     }
@@ -66,7 +72,7 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
   for (int64_t h = 0; h < heads; ++h) {
     rows = RowBlock::make<Real>(p, batch, first_head + h, block);
     pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed);
-    load_lse(to.lse, rows, w.lse + h * kRows<Real>);
+    load_lse(to.lse, rows, w.lse + h * 2 * kRows<Real>);
   }
   const Real share = Real(1) / static_cast<Real>(heads);
   for (int64_t key = 0; key < p.key_length; key += kKeys) {
@@ -74,7 +80,7 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
     std::fill(w.total, w.total + keys * kRows<Real>, Real(0));
     for (int64_t h = 0; h < heads; ++h) {
       const RowBlock head = RowBlock::make<Real>(p, batch, first_head + h, block);
-      add_weights<T>(p, head, key, keys, w.queries + h * packed, w.lse + h * kRows<Real>, w);
+      add_weights<T>(p, head, key, keys, w.queries + h * packed, w.lse + h * 2 * kRows<Real>, w);
     }
     T* out = at<T>(to.weights, batch, first_head, rows.first, key);
     for_each_row(w.total, keys, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
