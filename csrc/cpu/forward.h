@@ -1,7 +1,7 @@
 // Forward pass: out = softmax(scores) V and lse, by online softmax (Dao, arXiv:2307.08691,
 // algorithm 1).
 //
-// One work item is a block of query rows of one head; it walks over the keys 64 at a time:
+// One work item is a block of query rows of one head; it walks over the keys kKeys at a time:
 //     S = K Q^T                       lanes are query rows, K is read where it lies
 //     m' = max(m, max S)
 //     P = exp2(S - m'),  l = l exp2(m - m') + sum P
