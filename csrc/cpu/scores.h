@@ -67,9 +67,11 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
     for (int64_t first = 0; first < rows.count; first += kW) {
       Vec<Real> square[kW];
       for (int64_t i = 0; i < kW; ++i) {
-        const bool exists = first + i < rows.count;
-        square[i] = exists ? mask_entries<Real>(from + (first + i) * mask.stride[2], column, count)
-                           : Vec<Real>{};
+        square[i] = Vec<Real>{};
+        if (first + i >= rows.count) continue;
+        const T* row = from + (first + i) * mask.stride[2];
+        square[i] = mask_entries<Real>(row, column, count);
+        __builtin_prefetch(row + kKeys * column);  // the next tile's: too far apart to be guessed
       }
       transpose<Real>(square);
       for (int64_t j = 0; j < count; ++j) {
@@ -170,11 +172,16 @@ inline Real log2_factor(const Problem& p) {
 template <typename Real>
 void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
-    Vec<Real> highest = broadcast(-kInfinity<Real>);
-    for (int64_t j = 0; j < keys; ++j) {
-      highest = simd_max<Real>(load(s + j * kRows<Real> + lane), highest);
+    Vec<Real> highest[4];  // independent chains
+    for (Vec<Real>& x : highest) x = broadcast(-kInfinity<Real>);
+    for (int64_t j = 0; j < keys; j += 4) {
+      for (int64_t i = 0; i < std::min<int64_t>(4, keys - j); ++i) {
+        highest[i] = simd_max<Real>(load(s + (j + i) * kRows<Real> + lane), highest[i]);
+      }
     }
-    store<Real>(top + lane, highest);
+    const Vec<Real> even = simd_max<Real>(highest[0], highest[2]);
+    const Vec<Real> odd = simd_max<Real>(highest[1], highest[3]);
+    store<Real>(top + lane, simd_max<Real>(even, odd));
   }
 }
 

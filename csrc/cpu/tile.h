@@ -1,5 +1,5 @@
-// The tiles that the kernels work on, kKeys keys by one block of query rows: which of them matter, and
-// how queries, keys and values are brought into the form that matmul.h multiplies.
+// The tiles that the kernels work on, kKeys keys by one block of query rows: which of them matter,
+// and how queries, keys and values are brought into the form that matmul.h multiplies.
 //
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
