@@ -80,7 +80,7 @@ def select(problem: Problem, requested: str | None = None) -> ModuleType:
         ValueError: there is no such backend.
         NotImplementedError: the requested backend can't run the problem.
     """
-    name = _forced.get() if requested is None else _checked_name(requested)
+    name = _wanted(requested)
     if name is not None:
         backend = load(name)
         reasons = backend.not_supported_reasons(problem)
@@ -98,7 +98,7 @@ def select(problem: Problem, requested: str | None = None) -> ModuleType:
 
 def explain_problem(problem: Problem, requested: str | None = None) -> Explanation:
     """Which backend `select` would choose, and why each other would not run."""
-    name = _checked_name(requested) or _forced.get()
+    name = _wanted(requested)
     reasons = {other: load(other).not_supported_reasons(problem) for other in BACKENDS}
     if name is None:
         chosen = next((other for other in BACKENDS if not reasons[other]), None)
@@ -108,6 +108,11 @@ def explain_problem(problem: Problem, requested: str | None = None) -> Explanati
         note = f"{name!r} was requested"
     others = {other: why or [note] for other, why in reasons.items() if other != chosen}
     return Explanation(chosen, others)
+
+
+def _wanted(requested: str | None) -> str | None:
+    """What the call's own argument says, else what `use_backend` does."""
+    return _forced.get() if requested is None else _checked_name(requested)
 
 
 def _checked_name(name: str | None) -> str | None:

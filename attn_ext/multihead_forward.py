@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,8 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 from torch.nn.modules.module import _has_any_global_hook
 
-from attn_ext import ops
 from attn_ext.functional import attention, attention_weights
 from attn_ext.linear import linear
-from attn_ext.problem import FLOAT_DTYPES, MAX_LENGTH, Problem
 
 _LARGEST_COMPARED_MASK = 2**24
 _LARGEST_PRODUCT = 2**20
@@ -160,40 +157,14 @@ class Attend:
         elif self.dropout_p < 0:
             raise ValueError(f"dropout must be in [0, 1], got {self.dropout_p}")
         weights = None
-        out, lse = self._out_and_lse(q, k, v, options)
         if need_weights:
+            out, lse = attention(q, k, v, return_lse=True, **options)
             weights = attention_weights(q, k, lse=lse, average=average, **options)
+        else:
+            out = attention(q, k, v, **options)
         if everything_dropped:
             out, weights = out * 0.0, None if weights is None else weights * 0.0
         return out, weights
-
-    def _out_and_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """`attention`, less its checks where nothing is left to check.
-
-        Parts of one product fit each other, and without masks and dropout there is nothing else.
-        """
-        if (
-            options["attn_mask"] is None
-            and options["key_padding_mask"] is None
-            and "seed" not in options
-            and self.project.separate is None
-            and self.bias_k is None
-            and self.static_k is None
-            and self.static_v is None
-            and type(q) is Tensor
-            and not torch.is_autocast_enabled("cpu")
-            and q.is_cpu
-            and q.dtype in FLOAT_DTYPES
-            and 0 < q.numel() < MAX_LENGTH
-            and 0 < k.numel() < MAX_LENGTH
-            and not torch.compiler.is_compiling()
-        ):
-            causal = "upper_left" if options["causal"] else None
-            problem = Problem(q, k, v, causal=causal, scale=1.0 / math.sqrt(q.shape[3]))
-            return ops.attention(problem, None)
-        return attention(q, k, v, return_lse=True, **options)  # type: ignore[return-value]
 
     def _check(
         self,

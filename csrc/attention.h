@@ -54,7 +54,7 @@ struct BackwardArguments {
   double dweights_scale;      // 1 / Hq where the weights were averaged over heads
   View dquery, dkey, dvalue;  // written
   View dmask;                 // float or double, zeroed by the caller, or null; broadcasts as mask
-  View row_term;              // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, written;
+  View row_term;              // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, or null;
                               // with dweights: minus the sum over a row of its score gradients
 };
 

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <utility>
 
 #include "attention.h"
@@ -205,19 +204,6 @@ int threads_for(int available, const attn_ext::Problem& p) {
 
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::kAllKernels[index]; }
 
-// A (B, Hq, Lq) result of the kernels; memory that nobody reads where the caller passed None.
-struct RowResult {
-  View view;
-  std::unique_ptr<double[]> unread;
-
-  RowResult(py::handle tensor, const attn_ext::Problem& p) : view(as_view(tensor)) {
-    if (!tensor.is_none()) return;
-    const int64_t heads = p.query_heads, rows = p.query_length;
-    unread.reset(new double[static_cast<size_t>(p.batch * heads * rows)]);
-    view = {unread.get(), {heads * rows, rows, 1, 0}};
-  }
-};
-
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
              py::handle lse) {
   const Problem p = as_problem(problem, dropout);
@@ -232,12 +218,11 @@ void backward(int index, int threads, py::handle problem, py::handle dropout, py
               py::handle dmask, py::handle row_term) {
   const Problem p = as_problem(problem, dropout);
   const Rows outs(std::move(out), p.native.value_dim), douts(std::move(dout), p.native.value_dim);
-  const RowResult row_terms(row_term, p.native);
   attn_ext::BackwardArguments to;
   to.out = outs.view, to.lse = as_view(lse), to.dout = douts.view, to.dlse = as_view(dlse);
   to.dweights = as_view(dweights), to.dweights_scale = dweights_scale;
   to.dquery = as_view(dquery), to.dkey = as_view(dkey), to.dvalue = as_view(dvalue);
-  to.dmask = as_mask(dmask), to.row_term = row_terms.view;
+  to.dmask = as_mask(dmask), to.row_term = as_view(row_term);
   const py::gil_scoped_release release;
   kernels(index).backward(p.native, to, threads_for(threads, p.native));
 }

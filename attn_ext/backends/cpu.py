@@ -129,8 +129,7 @@ def weights_backward(
     """Gradients of `weights`, LSE being an input of its own."""
     problem = problem.replace(value=problem.key[..., :0])
     if average:
-        shape = (problem.batch, problem.query_heads, problem.query_length, problem.key_length)
-        dweights = dweights[:, None].expand(shape)
+        dweights = dweights[:, None].expand(_pairs(problem))
     dq, dk = (empty_in_layout_of(x) for x in (problem.query, problem.key))
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
     dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
@@ -150,17 +149,16 @@ def _arguments(problem: Problem) -> tuple[int, int, Problem, tuple[int, int] | N
     return _CAPABILITIES.index(capability), num_threads(), problem, dropout
 
 
-def _broadcast_mask(mask: Tensor, problem: Problem) -> Tensor:
-    """A (B, Hq, Lq, Lk) view of a mask, stride 0 where it broadcasts."""
-    query = problem.query
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], problem.key.shape[2])
+def _pairs(problem: Problem) -> tuple[int, int, int, int]:
+    """The shape that has an entry for every query and key of every head."""
+    return problem.batch, problem.query_heads, problem.query_length, problem.key_length
 
 
 def _zero_mask_gradient(problem: Problem) -> Tensor:
     """Where the mask broadcasts, many scores add to one entry: in float64, so that none is lost."""
     mask = problem.attn_mask
     assert mask is not None
-    full = mask.shape == _broadcast_mask(mask, problem).shape
+    full = mask.shape == _pairs(problem)
     return torch.zeros(mask.shape, dtype=problem.compute_dtype if full else torch.float64)
 
 

@@ -80,7 +80,7 @@ struct BackwardBlock {
                                    at<const T>(to.dout, rows.batch, rows.head, row), p.value_dim);
       if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
       w.row_term[i] = static_cast<Real>(delta);
-      *at<Real>(to.row_term, rows.batch, rows.head, row) = static_cast<Real>(delta);
+      if (to.row_term) *at<Real>(to.row_term, rows.batch, rows.head, row) = w.row_term[i];
     }
   }
 };
@@ -195,7 +195,7 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   int64_t k_stride, v_stride;
   const Element* k = as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores,
-                                     w.slope, static_cast<Real*>(nullptr));
+                                     static_cast<Real*>(nullptr), w.slope);
   const bool careful = kind == TileKind::kEdge &&
                        !(block.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   if (careful) record_hidden(w.scores, keys, w.hidden);
@@ -336,29 +336,34 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
   const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
   const PackedColumns<T, Element> packed(p, p.key, p.head_dim, blocks);
-#pragma omp parallel num_threads(threads)
-  packed.pack_all();
   if (by_pair) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t pair = 0; pair < pairs; ++pair) {
+#pragma omp parallel num_threads(threads)
+    {
+      packed.pack_all();
       BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
-      backward_pair(p, to, pair, 0, 1, packed, *own);
-      for (int64_t row = 0; row < p.key_length; ++row) {
-        write_key_gradients<T>(p, to, pair, row, own, 1);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        backward_pair(p, to, pair, 0, 1, packed, *own);
+        for (int64_t row = 0; row < p.key_length; ++row) {
+          write_key_gradients<T>(p, to, pair, row, own, 1);
+        }
       }
     }
     return;
   }
 #pragma omp parallel num_threads(threads)
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
+  {
+    packed.pack_all();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
 #pragma omp for schedule(static, 1)
-    for (int part = 0; part < threads; ++part) {
-      backward_pair(p, to, pair, part, threads, packed, parts[part]);
-    }
+      for (int part = 0; part < threads; ++part) {
+        backward_pair(p, to, pair, part, threads, packed, parts[part]);
+      }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.key_length; ++row) {
-      write_key_gradients<T>(p, to, pair, row, parts.data(), threads);
+      for (int64_t row = 0; row < p.key_length; ++row) {
+        write_key_gradients<T>(p, to, pair, row, parts.data(), threads);
+      }
     }
   }
 }

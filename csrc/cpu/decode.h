@@ -17,8 +17,21 @@ inline bool suits_decode(const Problem& p, const ForwardArguments& to) {
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
-// The rows of one key head: row r is query row r % query_length of the group's head r /
-// query_length. What one part of the keys gave for them.
+// The query rows that share a key head, head by head.
+struct SharingRows {
+  int64_t batch, key_head, first_head, rows_a_head, count;
+
+  SharingRows(const Problem& p, int64_t index)
+      : batch(index / p.key_heads),
+        key_head(index % p.key_heads),
+        first_head(key_head * (p.query_heads / p.key_heads)),
+        rows_a_head(p.query_length),
+        count(rows_a_head * (p.query_heads / p.key_heads)) {}
+  int64_t head(int64_t r) const { return first_head + r / rows_a_head; }
+  int64_t row(int64_t r) const { return r % rows_a_head; }
+};
+
+// What one part of the keys gave for such rows.
 template <typename Real>
 struct DecodeWorkspace {
   Real *queries, *scores, *output, *max, *sum;
@@ -191,9 +204,10 @@ void add_visible_values(const T* values, int64_t stride, int64_t count, int64_t 
 // One row's scores, -inf where hidden; `any_hidden` tells whether any is. Returns the factor that
 // takes them to log2 units, as compute_scores does.
 template <typename Real>
-Real finish_scores(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t key,
-                   int64_t count, Real* s, bool* any_hidden) {
+Real finish_scores(const Problem& p, const SharingRows& rows, int64_t r, int64_t key, int64_t count,
+                   Real* s, bool* any_hidden) {
   constexpr int64_t kW = kLanes<Real>;
+  const int64_t batch = rows.batch, head = rows.head(r), row = rows.row(r);
   const int64_t diagonal = row + p.diagonal - key;  // counted from `key`
   Real factor = log2_factor<Real>(p);
   if (p.softcap != 0) {
@@ -258,15 +272,14 @@ void update_row(int64_t r, int64_t count, int64_t width, Real factor,
 
 // The softmax and output of all rows of a key head over the keys of `range`.
 template <int kRowCount, typename T, typename Real>
-void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRange& range,
-                 bool first_part, const DecodeWorkspace<Real>& w) {
-  const int64_t group = p.query_heads / p.key_heads, count = group * p.query_length;
+void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& range, bool first_part,
+                 const DecodeWorkspace<Real>& w) {
+  const int64_t batch = rows.batch, key_head = rows.key_head, count = rows.count;
   const int64_t width = place_count<T, Real>(p.head_dim);
   const int64_t value_width = place_count<T, Real>(p.value_dim);
   std::fill(w.queries, w.queries + kDecodeRows * width, Real(0));
   for (int64_t r = 0; r < count; ++r) {
-    const T* query =
-        at<const T>(p.query, batch, key_head * group + r / p.query_length, r % p.query_length);
+    const T* query = at<const T>(p.query, batch, rows.head(r), rows.row(r));
     for (int64_t d = 0; d < p.head_dim; ++d) {
       w.queries[r * width + place<T, Real>(d)] =
           query_factor<Real>(p) * static_cast<Real>(to_float(query[d]));
@@ -279,8 +292,7 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
     std::fill(w.output, w.output + kDecodeRows * value_width, Real(0));
     for (int64_t r = 0; r < kDecodeRows; ++r) {
       const bool sink = p.sinks && first_part && r < count;
-      const int64_t head = key_head * group + r / p.query_length;
-      w.max[r] = sink ? *at<const Real>(p.sinks, 0, head, 0) * static_cast<Real>(kLog2E)
+      w.max[r] = sink ? *at<const Real>(p.sinks, 0, rows.head(r), 0) * static_cast<Real>(kLog2E)
                       : -kInfinity<Real>;
       w.sum[r] = sink && w.max[r] != -kInfinity<Real> ? Real(1) : Real(0);
     }
@@ -296,8 +308,7 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
       dot_products<kRowCount>(Stream<T>{k, k_stride, keys, p.head_dim, v, v_stride}, w);
       Real factor = 1;  // the same for every row
       for (int64_t r = 0; r < count; ++r) {
-        factor = finish_scores(p, batch, key_head * group + r / p.query_length, r % p.query_length,
-                               key, keys, w.scores + r * kKeys, &any_hidden);
+        factor = finish_scores(p, rows, r, key, keys, w.scores + r * kKeys, &any_hidden);
       }
       if (careful) std::copy(w.scores, w.scores + count * kKeys, visible);
       for (int64_t r = 0; r < count; ++r) update_row(r, keys, value_width, factor, w);
@@ -317,11 +328,10 @@ void decode_part(const Problem& p, int64_t batch, int64_t key_head, const KeyRan
 
 // Merges the parts of one key head, in their order, and writes its rows.
 template <typename T, typename Real>
-void write_decoded(const Problem& p, const ForwardArguments& to, int64_t batch, int64_t key_head,
+void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRows& rows,
                    const DecodeWorkspace<Real>* parts, int64_t count) {
-  const int64_t group = p.query_heads / p.key_heads, width = place_count<T, Real>(p.value_dim);
-  for (int64_t r = 0; r < group * p.query_length; ++r) {
-    const int64_t head = key_head * group + r / p.query_length, row = r % p.query_length;
+  const int64_t width = place_count<T, Real>(p.value_dim);
+  for (int64_t r = 0; r < rows.count; ++r) {
     Real max = -kInfinity<Real>, sum = 0;
     for (int64_t i = 0; i < count; ++i) max = std::max(max, parts[i].max[r]);
     const Real shift = max == -kInfinity<Real> ? Real(0) : max;
@@ -332,7 +342,7 @@ void write_decoded(const Problem& p, const ForwardArguments& to, int64_t batch, 
       for (int64_t d = 0; d < width; ++d) merged[d] = (i ? merged[d] : 0) + output[d] * scale;
     }
     const Real inverse = Real(1) / (sum == 0 ? Real(1) : sum);
-    T* out = at<T>(to.out, batch, head, row);
+    T* out = at<T>(to.out, rows.batch, rows.head(r), rows.row(r));
     for (int64_t d = 0; d < p.value_dim; ++d) {
       from_float(merged[place<T, Real>(d)] * inverse, out + d);
     }
@@ -341,16 +351,14 @@ void write_decoded(const Problem& p, const ForwardArguments& to, int64_t batch, 
 
 template <typename T, typename Real>
 void decode(const Problem& p, const ForwardArguments& to, int threads) {
-  // Four items a thread even out what the machine does to them; a part has at least 4 tiles.
-  const int64_t heads = p.batch * p.key_heads, wanted = 4 * threads;
-  const int64_t most = std::max<int64_t>(1, p.key_length / (4 * kKeys));
-  const int64_t parts =
-      threads == 1 || heads >= wanted ? 1 : std::min(most, (wanted + heads - 1) / heads);
-  const int64_t rows = p.query_length * (p.query_heads / p.key_heads);
-  const auto run = rows <= 1   ? decode_part<1, T, Real>
-                   : rows <= 2 ? decode_part<2, T, Real>
-                   : rows <= 4 ? decode_part<4, T, Real>
-                               : decode_part<8, T, Real>;
+  // Four items a thread even out what the machine does to them.
+  const int64_t heads = p.batch * p.key_heads;
+  const int64_t parts = key_parts(p, heads, threads == 1 ? 1 : 4 * threads);
+  const int64_t count = p.query_length * (p.query_heads / p.key_heads);
+  const auto run = count <= 1   ? decode_part<1, T, Real>
+                   : count <= 2 ? decode_part<2, T, Real>
+                   : count <= 4 ? decode_part<4, T, Real>
+                                : decode_part<8, T, Real>;
   RowBlock all{};
   all.count = p.query_length;
   const KeyRange range(p, all);
@@ -361,11 +369,11 @@ void decode(const Problem& p, const ForwardArguments& to, int threads) {
   {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < heads * parts; ++item) {
-      const int64_t head = item / parts, part = item % parts;
-      const int64_t batch = head / p.key_heads, key_head = head % p.key_heads;
+      const int64_t part = item % parts;
+      const SharingRows rows(p, item / parts);
       const auto w = workspaces.make(parts > 1 ? static_cast<int>(item) : omp_get_thread_num(), p);
-      run(p, batch, key_head, range.part(part, parts), part == 0, w);
-      if (parts == 1) write_decoded<T>(p, to, batch, key_head, &w, 1);
+      run(p, rows, range.part(part, parts), part == 0, w);
+      if (parts == 1) write_decoded<T>(p, to, rows, &w, 1);
     }
     if (parts > 1) {
 #pragma omp for schedule(static)
@@ -374,7 +382,7 @@ void decode(const Problem& p, const ForwardArguments& to, int threads) {
         for (int64_t part = 0; part < parts; ++part) {
           own.push_back(workspaces.make(static_cast<int>(head * parts + part), p));
         }
-        write_decoded<T>(p, to, head / p.key_heads, head % p.key_heads, own.data(), parts);
+        write_decoded<T>(p, to, SharingRows(p, head), own.data(), parts);
       }
     }
   }

@@ -102,8 +102,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   int64_t stride;
   const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
                                  p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
-  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                                     static_cast<Real*>(nullptr), w.top);
+  const Real factor =
+      compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores, w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   update_softmax(w, rows, keys, factor, p.dropout_p > 0 ? w.keep : nullptr);
@@ -111,8 +111,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   const Into<Real> output{w.output, kRows<Real>, false, w.scale};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
-    multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0,
-                       output);  // rescales
+    // A product over nothing, which rescales the output.
+    multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0, output);
     accumulate_carefully<T>(p, rows, key, keys, w);
   } else if constexpr (kDepth<Element> == 1) {
     const Element* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
@@ -183,12 +183,12 @@ void merge_parts(const Problem& p, const RowBlock& rows, const ForwardWorkspace<
   }
 }
 
-// How many parts the keys of a block are split into, so that every thread has work; a part has at
-// least 4 tiles.
-inline int64_t key_parts(const Problem& p, int64_t items, int threads) {
-  if (items == 0 || items >= threads) return 1;
+// How many parts the keys of an item are split into, so that there are `wanted` of them; a part has
+// at least 4 tiles.
+inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted) {
+  if (items == 0 || items >= wanted) return 1;
   const int64_t most = std::max<int64_t>(1, p.key_length / (4 * kKeys));
-  return std::min(most, (threads + items - 1) / items);
+  return std::min(most, (wanted + items - 1) / items);
 }
 
 template <typename T, typename Real, typename Element>

@@ -1,9 +1,8 @@
 // The scores of one tile: computed, masked, and their weights dropped.
 //
 // compute_scores leaves s[key][row] so that `factor` times it is the score in units of log2,
-// log2(e)
-// * (everything that the softmax sees), ready for exp2. The factor is positive, and is applied by
-// whoever reads the scores, inside a multiply-add that it needs anyway.
+// log2(e) times everything that the softmax sees, ready for exp2. The factor is positive, and is
+// applied by whoever reads the scores, inside a multiply-add that it needs anyway.
 
 template <typename Real, typename T>
 bool all_finite(const T* rows, int64_t stride, int64_t count, int64_t width) {
@@ -186,11 +185,11 @@ void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
 }
 
 // Scores of one tile in s[key][row], -inf where hidden. Returns the factor that takes them to log2
-// units. `slope`: the softcap's derivative; `top`: each row's largest score; either may be null.
+// units. `top`: each row's largest score; `slope`: the softcap's derivative; if wanted.
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
-                    Real* s, Real* slope, Real* top) {
+                    Real* s, Real* top = nullptr, Real* slope = nullptr) {
   const int64_t depth = (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   multiply<false>(keys, rows.vectors, depth, k, k_stride, queries, kRows<Real>,
@@ -249,7 +248,7 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
   }
 }
 
-// hidden[key][row]: which pairs the masks forbid, for the careful products below.
+// hidden[key][row]: which pairs the masks forbid, for the products that leave these out.
 template <typename Real>
 void record_hidden(const Real* s, int64_t keys, uint8_t* hidden) {
   for (int64_t i = 0; i < keys * kRows<Real>; ++i) hidden[i] = s[i] == -kInfinity<Real>;

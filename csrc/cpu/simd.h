@@ -399,10 +399,6 @@ inline Vec<Real> load_packed(const Real* p) {
   return load(p);
 }
 template <typename Real>
-inline void store_packed(Real* p, Vec<Real> x) {
-  store<Real>(p, x);
-}
-template <typename Real>
 inline Vec<Real> multiply_add(Real a, Vec<Real> b, Vec<Real> sum) {
   return sum + a * b;
 }

@@ -110,12 +110,8 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
   return edge ? TileKind::kEdge : TileKind::kFull;
 }
 
-// Elements [first, first + lanes) of one row, times `factor`; 0 beyond `width` values.
-template <typename Real, typename T>
-inline Vec<Real> load_elements(const T* row, int64_t first, int64_t width, Real factor) {
-  return load_some<Real>(row + first, width - first) * factor;
-}
-// Pairs, as the bits of floats: they are only moved.
+// Pairs [first, first + lanes) of a row, 0 beyond `width` values; as the bits of floats, for they
+// are only moved.
 inline Vec<float> load_pairs(const BFloat16* row, int64_t first, int64_t width) {
   const int64_t values = width - 2 * first;
   if (values >= 2 * kWordLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
@@ -151,7 +147,7 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
         if (row >= rows.count) continue;
         const T* from = at<const T>(view, rows.batch, rows.head, rows.first + row);
         if constexpr (kDepth<Element> == 1) {
-          block[i] = load_elements<Real>(from, first, width, factor);
+          block[i] = load_some<Real>(from + first, width - first) * factor;
         } else {
           block[i] = load_pairs(from, first, width);
         }
@@ -203,7 +199,7 @@ const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64
     Real* to = reinterpret_cast<Real*>(scratch + i * *stride);
     for (int64_t e = 0; e < *stride; e += kLanes<Real>) {
       if constexpr (kStep == 1) {
-        store<Real>(to + e, load_elements<Real>(row, e, width, Real(1)));
+        store<Real>(to + e, load_some<Real>(row + e, width - e));
       } else {
         store<Real>(to + e, load_pairs(row, e, width));
       }

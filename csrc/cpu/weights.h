@@ -51,8 +51,7 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   int64_t stride;
   const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
                                  p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
-  const Real factor = compute_scores(p, rows, kind, key, keys, queries, k, stride, w.scores,
-                                     static_cast<Real*>(nullptr), static_cast<Real*>(nullptr));
+  const Real factor = compute_scores(p, rows, kind, key, keys, queries, k, stride, w.scores);
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
