@@ -279,7 +279,7 @@ void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, 
                    int64_t step, const PackedColumns<T, Element>& packed,
                    const BackwardWorkspace<Real, Element>& w) {
   const int64_t group = p.query_heads / p.key_heads, batch = pair / p.key_heads;
-  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t heads_at_once = mask_is_shared(p, to) ? group : 1;
   std::fill(w.dkeys, w.dkeys + p.key_length * padded<Real>(p.head_dim), Real(0));
   std::fill(w.dvalues, w.dvalues + p.key_length * padded<Real>(p.value_dim), Real(0));
@@ -316,7 +316,7 @@ void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t 
 template <typename Real>
 int sharing_threads(const Problem& p, const BackwardArguments& to, int threads) {
   if (to.dmask && to.dmask.stride[2] == 0) return 1;
-  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t bytes = p.key_length * (padded<Real>(p.head_dim) + padded<Real>(p.value_dim)) *
                         static_cast<int64_t>(sizeof(Real));
   const int64_t most = std::max<int64_t>(1, (int64_t{48} << 20) / std::max<int64_t>(1, bytes));
@@ -334,7 +334,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   const PerThread<BackwardWorkspace<Real, Element>> workspaces(threads, p);
   std::vector<BackwardWorkspace<Real, Element>> parts;
   for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
-  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const PackedColumns<T, Element> packed(p, p.key, p.head_dim, blocks);
   if (by_pair) {
 #pragma omp parallel num_threads(threads)

@@ -125,10 +125,22 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   }
 }
 
+// A block's output rows and the next block's queries, of which a few lines are asked for at each
+// tile.
+struct Surroundings {
+  Upcoming out, queries;
+
+  void ask() {
+    constexpr int64_t kLinesATile = 64;
+    out.ask<true>(kLinesATile);
+    queries.ask<false>(kLinesATile);
+  }
+};
+
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
 void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
-                  const PackedColumns<T, Element>& packed,
+                  const PackedColumns<T, Element>& packed, Surroundings around,
                   const ForwardWorkspace<Real, Element>& w) {
   pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
   // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
@@ -143,6 +155,7 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
       const TileKind kind = classify(p, rows, key, keys);
       if (kind == TileKind::kSkip) continue;
       any_edge |= kind == TileKind::kEdge;
+      around.ask();
       forward_tile<T>(p, rows, kind, key, keys, careful, packed, w);
     }
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
@@ -193,7 +206,7 @@ inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted) {
 
 template <typename T, typename Real, typename Element>
 void forward(const Problem& p, const ForwardArguments& to, int threads) {
-  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t items = p.batch * p.query_heads * blocks, parts = key_parts(p, items, threads);
   const auto rows_of = [&](int64_t item) {  // a head's last blocks first: causality makes them long
     const int64_t head = item / blocks, block = blocks - 1 - item % blocks;
@@ -214,7 +227,10 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
           p.sinks && part == 0 ? *at<const Real>(p.sinks, 0, rows.head, 0) : -kInfinity<Real>;
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
-      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, w);
+      const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
+      const Surroundings around{Upcoming::of<T>(to.out, rows, p.value_dim),
+                                Upcoming::of<T>(p.query, next, p.head_dim)};
+      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, around, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }
     if (parts > 1) {

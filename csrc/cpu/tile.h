@@ -30,15 +30,54 @@ struct RowBlock {
   int64_t count;    // rows that exist
   int64_t vectors;  // vectors that hold them
 
+  // How many blocks a head's rows make: as few as possible.
+  template <typename Real>
+  static int64_t blocks_a_head(const Problem& p) {
+    return (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  }
+
+  // Whole vectors are shared out evenly, so that no block is left with a single one.
   template <typename Real>
   static RowBlock make(const Problem& p, int64_t batch, int64_t head, int64_t block) {
+    const int64_t blocks = blocks_a_head<Real>(p);
+    const int64_t vectors = padded<Real>(p.query_length) / kLanes<Real>;
+    const int64_t begin = vectors * block / blocks, end = vectors * (block + 1) / blocks;
     RowBlock rows;
     rows.batch = batch, rows.head = head, rows.key_head = head / (p.query_heads / p.key_heads);
-    rows.first = block * kRows<Real>;
-    rows.count = std::min(kRows<Real>, p.query_length - rows.first);
-    rows.vectors = padded<Real>(rows.count) / kLanes<Real>;
+    rows.first = begin * kLanes<Real>;
+    rows.count = std::min(end * kLanes<Real>, p.query_length) - rows.first;
+    rows.vectors = end - begin;
     return rows;
   }
+};
+
+// Rows that are read or written before long: asked for a few cache lines at a time while something
+// else is computed, so that the latency of memory does not show.
+class Upcoming {
+ public:
+  template <typename T>
+  static Upcoming of(const View& view, const RowBlock& rows, int64_t width) {
+    constexpr int64_t kSize = sizeof(T);
+    Upcoming upcoming;
+    upcoming.row_ =
+        reinterpret_cast<const char*>(at<const T>(view, rows.batch, rows.head, rows.first));
+    upcoming.stride_ = view.stride[2] * kSize, upcoming.bytes_ = width * kSize;
+    upcoming.rows_ = rows.count;
+    return upcoming;
+  }
+
+  template <bool kToWrite>
+  void ask(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(row_ + offset_, kToWrite, 3);
+      offset_ += 64;
+      if (offset_ >= bytes_) offset_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, offset_ = 0;
 };
 
 // Keys [first, end) that any of the rows may see by position; first is a multiple of kKeys.

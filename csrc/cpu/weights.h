@@ -90,7 +90,7 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
 
 template <typename T, typename Real, typename Element>
 void weights(const Problem& p, const WeightsArguments& to, int threads) {
-  const int64_t blocks = (p.query_length + kRows<Real> - 1) / kRows<Real>;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t heads = to.average ? p.query_heads : 1;
   const int64_t groups = p.query_heads == 0 ? 0 : p.batch * (p.query_heads / heads);
   const int64_t items = groups * blocks;
