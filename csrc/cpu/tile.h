@@ -114,8 +114,11 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
 // are only moved.
 inline Vec<float> load_pairs(const BFloat16* row, int64_t first, int64_t width) {
   const int64_t values = width - 2 * first;
-  if (values >= 2 * kWordLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
   Words pairs{};
+  if (values >= 2 * kWordLanes) {
+    std::memcpy(&pairs, row + 2 * first, sizeof(pairs));
+    return reinterpret_cast<Vec<float>>(pairs);
+  }
   for (int64_t i = 0; i < values; ++i) {
     pairs[i / 2] |= static_cast<uint32_t>(row[2 * first + i].bits) << (i % 2 * 16);
   }
