@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The contract suite on a build of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The contract suite on a build of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in
+# which plain C++ stands in for AMX's instructions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -11,7 +12,8 @@ rm -f "$folder"/attn_ext/_cpu*.so
 # A compiler of its own, for setuptools disagree about the variables that add flags, and these must come last.
 cat > "$folder/compiler" <<'END'
 #!/bin/sh
-exec g++ "$@" -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1
+exec g++ "$@" -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 \
+  -DATTN_EXT_EMULATE_AMX
 END
 chmod +x "$folder/compiler"
 CC="$folder/compiler" CXX="$folder/compiler" .venv/bin/python setup.py --quiet build_ext \
@@ -29,6 +31,7 @@ from attn_ext import _cpu
 assert _cpu.__file__.startswith(sys.argv[1]), _cpu.__file__
 symbols = open(_cpu.__file__, "rb").read()
 assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built without sanitizers"
+assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
 END
 "$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
   "$root/tests/test_contract.py" \

@@ -5,8 +5,13 @@
 // so that a softmax over keys needs no shuffle.
 
 constexpr int64_t kKeys = 128;
+#ifdef ATTN_EXT_AMX_PRODUCTS
+constexpr int64_t kBlockVectors = 4;  // pairs of AMX's tiles
+#else
+constexpr int64_t kBlockVectors = 3;
+#endif
 template <typename Real>
-constexpr int64_t kRows = 3 * kLanes<Real>;  // query rows in a block: 48, 24 or 12 floats
+constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 64 floats
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
