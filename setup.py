@@ -10,6 +10,7 @@ from setuptools import setup
 HEADERS = [
     "csrc/attention.h",
     "csrc/philox.h",
+    "csrc/cpu/amx.h",
     "csrc/cpu/backward.h",
     "csrc/cpu/decode.h",
     "csrc/cpu/forward.h",
@@ -17,6 +18,7 @@ HEADERS = [
     "csrc/cpu/instruction_set.h",
     "csrc/cpu/kernels.h",
     "csrc/cpu/matmul.h",
+    "csrc/cpu/matmul_amx.h",
     "csrc/cpu/scores.h",
     "csrc/cpu/simd.h",
     "csrc/cpu/tile.h",
@@ -42,6 +44,7 @@ setup(
             "attn_ext._cpu",
             [
                 "csrc/bindings_cpu.cpp",
+                "csrc/cpu/amx.cpp",
                 "csrc/cpu/avx512.cpp",
                 "csrc/cpu/avx512_bf16.cpp",
                 "csrc/cpu/avx2.cpp",

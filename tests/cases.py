@@ -138,6 +138,8 @@ CASES = [
     Case("head_dim_16", lambda s: {}, Sizes(head_dim=16, value_dim=16)),
     Case("head_dim_64", lambda s: {"causal": True}, Sizes(head_dim=64, value_dim=64)),
     Case("head_dim_512", lambda s: {}, Sizes(1, 2, 2, 50, 70, 512, 509)),
+    # AMX: whole tiles and a rest in every product, an even and an odd number of tiles.
+    Case("rests_of_tiles", lambda s: {"causal": "lower_right"}, Sizes(1, 4, 2, 97, 305, 100, 77)),
     *(
         Case(f"length_{length}", lambda s: {}, Sizes(1, 2, 2, length, length + 1, 8, 24))
         for length in (11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65)

@@ -1,22 +1,38 @@
 #!/usr/bin/env bash
-# The contract suite on a build of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The contract suite on a build of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in
+# which plain C++ stands in for AMX's instructions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=build/sanitized
+root=$PWD
+folder=$root/build/sanitized
 rm -rf "$folder"
 mkdir -p "$folder"
 cp -r attn_ext "$folder/attn_ext"
 rm -f "$folder"/attn_ext/_cpu*.so
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
-CFLAGS="$flags" LDFLAGS="$flags" .venv/bin/python setup.py --quiet build_ext \
+# A compiler of its own, for setuptools disagree about the variables that add flags, and these must come last.
+cat > "$folder/compiler" <<'END'
+#!/bin/sh
+exec g++ "$@" -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 \
+  -DATTN_EXT_EMULATE_AMX
+END
+chmod +x "$folder/compiler"
+CC="$folder/compiler" CXX="$folder/compiler" .venv/bin/python setup.py --quiet build_ext \
   --build-lib "$folder" --build-temp "$folder/temp"
 # Leaks are not looked for: Python and torch keep memory for the life of the process.
 # One thread: libgomp is not instrumented. From inside the folder, so that its attn_ext is the one imported.
-root=$PWD
 cd "$folder"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
-"$root/.venv/bin/python" -c "from attn_ext import _cpu; assert '$folder' in _cpu.__file__, _cpu.__file__"
+"$root/.venv/bin/python" - "$folder" <<'END'
+import sys
+
+from attn_ext import _cpu
+
+assert _cpu.__file__.startswith(sys.argv[1]), _cpu.__file__
+symbols = open(_cpu.__file__, "rb").read()
+assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built without sanitizers"
+assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
+END
 "$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
   "$root/tests/test_contract.py" \
   -k "(float32 or other_dtypes or garbage or strides) and not reference"

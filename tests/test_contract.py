@@ -77,7 +77,11 @@ def test_case_in_float32(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in {"plain", "everything", "head_dim_64", "float_mask"}],
+    [
+        case
+        for case in CASES
+        if case.name in {"plain", "everything", "head_dim_64", "float_mask", "rests_of_tiles"}
+    ],
     ids=lambda case: case.name,
 )
 def test_case_in_other_dtypes(case: Case, dtype: str, backend: str) -> None:

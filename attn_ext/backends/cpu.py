@@ -1,7 +1,7 @@
-"""The SIMD kernels of csrc/cpu: AVX-512, AVX2 and a portable build, picked when first used.
+"""The SIMD kernels of csrc/cpu: AMX, AVX-512, AVX2 and a portable build, picked when first used.
 
-The environment variable ATTN_EXT_CPU_CAPABILITY (avx512_bf16, avx512, avx2 or portable) overrides
-the choice.
+The environment variable ATTN_EXT_CPU_CAPABILITY (amx, avx512_bf16, avx512, avx2 or portable)
+overrides the choice.
 """
 
 from __future__ import annotations

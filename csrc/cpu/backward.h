@@ -339,6 +339,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   if (by_pair) {
 #pragma omp parallel num_threads(threads)
     {
+      const TileConfiguration tiles;
       packed.pack_all();
       BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
@@ -353,6 +354,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   }
 #pragma omp parallel num_threads(threads)
   {
+    const TileConfiguration tiles;
     packed.pack_all();
     for (int64_t pair = 0; pair < pairs; ++pair) {
       // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.

@@ -218,6 +218,7 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
   const PerThread<Workspace> workspaces(parts > 1 ? static_cast<int>(items * parts) : threads, p);
 #pragma omp parallel num_threads(threads)
   {
+    const TileConfiguration tiles;
     packed.pack_all();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < items * parts; ++i) {

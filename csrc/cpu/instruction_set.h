@@ -8,7 +8,13 @@ namespace {
 
 #include "simd.h"
 //
+#include "amx.h"
+//
 #include "matmul.h"
+//
+#ifdef ATTN_EXT_AMX_PRODUCTS
+#include "matmul_amx.h"
+#endif
 //
 #include "tile.h"
 //

@@ -14,20 +14,25 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+extern const Kernels kAmxKernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kPortableKernels;
 
-// Best first.
+// Best first; an emulated one last, so that it runs only where it is asked for.
 inline const Kernels* const kAllKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16Kernels,
-    &kAvx512Kernels,
-    &kAvx2Kernels,
+#ifndef ATTN_EXT_EMULATE_AMX
+    &kAmxKernels,
+#endif
+    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #endif
     &kPortableKernels,
+#if defined(__x86_64__) && defined(ATTN_EXT_EMULATE_AMX)
+    &kAmxKernels,
+#endif
 };
 
 }  // namespace attn_ext

@@ -13,10 +13,12 @@ struct Float16 {
   uint16_t bits;
 };
 // Two neighbours along the summed dimension, the first in the low half: what one lane of a
-// bfloat16 product takes.
+// bfloat16 product takes. Aligned as its halves are, since rows are read as pairs where they lie.
 struct BFloat16Pair {
-  uint32_t bits;
+  typedef uint32_t Bits __attribute__((aligned(2)));
+  Bits bits;
 };
+static_assert(alignof(BFloat16Pair) == alignof(BFloat16) && sizeof(BFloat16Pair) == 4, "a pair");
 
 template <typename Real>
 struct Simd;

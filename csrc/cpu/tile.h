@@ -5,8 +5,13 @@
 // so that a softmax over keys needs no shuffle.
 
 constexpr int64_t kKeys = 128;
+#ifdef ATTN_EXT_AMX_PRODUCTS
+constexpr int64_t kBlockVectors = 4;  // pairs of AMX's tiles
+#else
+constexpr int64_t kBlockVectors = 3;
+#endif
 template <typename Real>
-constexpr int64_t kRows = 3 * kLanes<Real>;  // query rows in a block: 48, 24 or 12 floats
+constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 64 floats
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
@@ -153,8 +158,11 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
 // are only moved.
 inline Vec<float> load_pairs(const BFloat16* row, int64_t first, int64_t width) {
   const int64_t values = width - 2 * first;
-  if (values >= 2 * kWordLanes) return load(reinterpret_cast<const float*>(row + 2 * first));
   Words pairs{};
+  if (values >= 2 * kWordLanes) {
+    std::memcpy(&pairs, row + 2 * first, sizeof(pairs));
+    return reinterpret_cast<Vec<float>>(pairs);
+  }
   for (int64_t i = 0; i < values; ++i) {
     pairs[i / 2] |= static_cast<uint32_t>(row[2 * first + i].bits) << (i % 2 * 16);
   }

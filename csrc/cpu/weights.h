@@ -98,6 +98,7 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
   const PerThread<WeightsWorkspace<Real, Element>> workspaces(threads, p, heads);
 #pragma omp parallel num_threads(threads)
   {
+    const TileConfiguration tiles;
     const WeightsWorkspace<Real, Element> workspace =
         workspaces.make(omp_get_thread_num(), p, heads);
 #pragma omp for schedule(dynamic, 1)

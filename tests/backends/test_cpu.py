@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -169,6 +172,21 @@ def test_unknown_instruction_set() -> None:
     result = run_python("import attn_ext.backends.cpu", ATTN_EXT_CPU_CAPABILITY="avx1024")
     assert "ATTN_EXT_CPU_CAPABILITY must be one of" in result.stderr
     assert "'avx1024'" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has AMX")
+@pytest.mark.skipif("amx_emulated" in cpu.capabilities(), reason="AMX is emulated in this build")
+def test_the_module_contains_amx() -> None:
+    """All that can be seen of its instructions on a processor without them."""
+    listing = subprocess.run(
+        ["objdump", "--disassemble", cpu._cpu.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("ldtilecfg", "tilezero", "tileloadd", "tilestored", "tdpbf16ps", "tilerelease"):
+        assert re.search(rf"\t{name}\b", listing), name
+    # Of two by two tiles: B in registers 6 and 7, A in 4 and 5, and the four sums.
+    products = re.findall(r"tdpbf16ps +%tmm(\d),%tmm(\d),%tmm(\d)", listing)
+    assert {tuple("640"), tuple("741"), tuple("652"), tuple("753")} <= set(products)
 
 
 def guarded(values: torch.Tensor) -> tuple[torch.Tensor, object]:
