@@ -7,6 +7,13 @@
 
 #include <cstdint>
 
+// What GPU kernels call too.
+#ifdef __CUDACC__
+#define ATTN_EXT_HOST_DEVICE __host__ __device__
+#else
+#define ATTN_EXT_HOST_DEVICE
+#endif
+
 namespace attn_ext {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBool = 4 };
@@ -17,7 +24,7 @@ struct View {
   int64_t stride[4] = {0, 0, 0, 0};
   DType dtype = DType::kFloat32;
 
-  explicit operator bool() const { return data != nullptr; }
+  ATTN_EXT_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 // "compute type": double for float64, else float.

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace attn_ext {
 
 struct PhiloxConstants {
@@ -20,7 +22,7 @@ struct PhiloxConstants {
 // counter[4] becomes the four random words. Word needs ^ with itself and with uint32_t;
 // multiply(word, constant, &high, &low) gives the 64-bit product's halves.
 template <typename Word, typename Multiply>
-inline void philox(Word counter[4], uint64_t seed, Multiply multiply) {
+ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], uint64_t seed, Multiply multiply) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
     Word high0, low0, high1, low1;

@@ -1,0 +1,365 @@
+// Forward pass: out = softmax(scores) V and lse, by online softmax (Dao, arXiv:2307.08691,
+// algorithm 1).
+//
+// Grid: a block for kRows query rows of one head, the last rows first (causality makes them long).
+// Block: four warps, each with 16 or 32 rows of its own; no data passes between warps. Shared
+// memory: the queries, kKeys keys and as many values. While scores are computed the tile's values
+// are copied, while it is multiplied with them the next tile's keys:
+//     S = Q K^T;  m' = max(m, max S);  P = exp2(S - m');  O = O exp2(m - m') + P V
+// Tiles outside causality and the window are never visited; of the others, those at an edge go
+// first, through code that tests every pair. The general kernel does that for all tiles: masks,
+// softcap, ALiBi, dropout, and rows that don't lie on 16 bytes. A row whose output is not finite is
+// done again by careful_row, since a hidden weight of 0 times NaN is NaN.
+// Tested against backends/reference.py in tests/test_contract.py, through tests/cuda_emulator.
+#pragma once
+
+#include "scores.cuh"
+
+namespace attn_ext::cuda {
+
+template <typename Element, int kWidth>
+struct ForwardShape {
+  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 128 ? 2 : 1;
+  static constexpr int kRows = 16 * kMTiles * kWarps;
+  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
+  // Within 64 KiB together with the queries, except for float32 wider than 128.
+  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> ? 128
+                               : kRowBytes <= 256                   ? 64
+                               : kRowBytes <= 512                   ? 32
+                                                                    : 16;
+  using Queries = Tile<Element, kRows, kWidth, 0>;
+  using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
+  using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
+  static constexpr int kSharedBytes = Values::kEnd;
+};
+
+// The tiles of keys that some row of a block sees, in the order of work: those at an edge first.
+struct TileOrder {
+  int first, count;       // all tiles
+  int full_first, edges;  // the first that every row sees whole; how many are not seen so
+
+  __device__ __forceinline__ static TileOrder make(const Problem& p, int first_row, int last_row,
+                                                   int keys, bool all_edges) {
+    const Visible top = Visible::of_row(p, first_row), bottom = Visible::of_row(p, last_row);
+    TileOrder order;
+    order.first = top.begin / keys;
+    const int end = (bottom.end + keys - 1) / keys;
+    order.count = end > order.first ? end - order.first : 0;
+    order.full_first = (bottom.begin + keys - 1) / keys;
+    const int full = all_edges ? 0 : top.end / keys - order.full_first;
+    order.edges = order.count - (full > 0 ? full : 0);
+    return order;
+  }
+  __device__ __forceinline__ int tile(int index) const {
+    if (index >= edges) return full_first + index - edges;
+    const int full = count - edges, leading = full > 0 ? full_first - first : edges;
+    return first + index + (index >= leading ? full : 0);
+  }
+};
+
+// A row's running maximum, in units of the scores that it is of, and this lane's part of its sum.
+template <int kMTiles>
+struct Softmax {
+  float max[kMTiles][2], sum[kMTiles][2];
+};
+
+// Scores become weights; the output so far is rescaled. `factor` takes scores to units of log2.
+template <int kMTiles, int kNTiles, int kOutTiles>
+__device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
+                                               Softmax<kMTiles>& softmax,
+                                               float (&out)[kMTiles][kOutTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float before = softmax.max[m][half];
+      float after = before;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+        after = fmaxf(after, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+      }
+      after = fmaxf(after, shuffle_xor(after, 1));
+      after = fmaxf(after, shuffle_xor(after, 2));
+      // A row that has seen nothing yet: exp2(-inf - 0) is the 0 that it needs.
+      const float shift = after == -kInfinity ? 0.0f : after * factor;
+      const float scale = exp2(before * factor - shift);
+      float sum = softmax.sum[m][half] * scale;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[m][n][i] = exp2(s[m][n][i] * factor - shift);
+          sum += s[m][n][i];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) {
+        out[m][n][2 * half] *= scale;
+        out[m][n][2 * half + 1] *= scale;
+      }
+      softmax.max[m][half] = after;
+      softmax.sum[m][half] = sum;
+    }
+  }
+}
+
+// Hides what lies outside the rows' reach; scores stay in their units.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void hide_by_position(const Problem& p, Place place,
+                                                 float (&s)[kMTiles][kNTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Visible visible = Visible::of_row(p, place.row(m, 2 * half));
+      const int begin = visible.begin - place.first_key, end = visible.end - place.first_key;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const int key = 8 * n + i % 2;
+          if (key < begin || key >= end) s[m][n][i] = -kInfinity;
+        }
+      }
+    }
+  }
+}
+
+// Products become scores in units of log2. Rows beyond the last are given the last one's.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void finish_scores(const Problem& p, const Head& head, Place place,
+                                              float (&s)[kMTiles][kNTiles][4]) {
+  const int last = static_cast<int>(p.query_length) - 1;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = min(place.row(m, i), last);
+        float slope;
+        s[m][n][i] = score_of(p, head, Visible::of_row(p, row), row, place.key(n, i), s[m][n][i],
+                              &slope);
+      }
+    }
+  }
+}
+
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void drop(const Problem& p, const Head& head, Place place,
+                                     float (&weights)[kMTiles][kNTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[m][n][i] *= keep_factor(p, head, place.row(m, i), place.key(n, i));
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float lse_of(float max, float sum) {
+  if (max == kInfinity || sum == 0) return max;
+  return kLn2 * max + logf(sum);
+}
+
+// One row by a whole warp, key by key, so that hidden values are never touched.
+template <typename Element, int kWidth>
+__device__ __noinline__ void careful_row(const Problem& p, const ForwardArguments& to,
+                                         const Head& head, int row) {
+  constexpr int kColumns = (kWidth + 31) / 32;
+  const int lane = lane_index();
+  const Element* query = at<const Element>(p.query, head.batch, head.head, row);
+  const Visible visible = Visible::of_row(p, row);
+  float out[kColumns] = {}, max = -kInfinity, sum = 0;
+  if (p.sinks) {
+    max = kLog2E * *at<const float>(p.sinks, 0, head.head, 0);
+    sum = max == -kInfinity ? 0 : 1;
+  }
+  for (int key = visible.begin; key < visible.end; ++key) {
+    const Element* k = at<const Element>(p.key, head.batch, head.key_head, key);
+    float product = 0;
+    for (int d = lane; d < p.head_dim; d += 32) product += to_float(query[d]) * to_float(k[d]);
+    product = over_warp(product, [](float a, float b) { return a + b; });
+    float slope;
+    const float score = score_of(p, head, visible, row, key, product, &slope);
+    if (score == -kInfinity) continue;
+    const float after = fmaxf(max, score), shift = after == -kInfinity ? 0 : after;
+    const float scale = exp2(max - shift);
+    float weight = exp2(score - shift);
+    max = after, sum = sum * scale + weight;
+    if (p.dropout_p > 0) weight *= keep_factor(p, head, row, key);
+    const Element* value = at<const Element>(p.value, head.batch, head.key_head, key);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int d = lane + 32 * i;
+      const float x = d < p.value_dim ? to_float(value[d]) : 0;
+      out[i] = weight == 0 ? out[i] * scale : out[i] * scale + weight * x;
+    }
+  }
+  const float inverse = sum == 0 ? 0 : 1 / sum;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    const int d = lane + 32 * i;
+    if (d < p.value_dim) {
+      from_float(out[i] * inverse, at<Element>(to.out, head.batch, head.head, row, d));
+    }
+  }
+  if (to.lse && lane == 0) *at<float>(to.lse, head.batch, head.head, row) = lse_of(max, sum);
+}
+
+// Writes a lane's accumulators of one row, times `factor`: pairs of neighbouring columns.
+template <typename Element, int kNTiles>
+__device__ __forceinline__ void write_row(Element* row, int width, int half, float factor,
+                                          const float (&x)[kNTiles][4], bool in_pairs) {
+  const int first = lane_index() % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+    const int column = 8 * n + first;
+    const float low = x[n][2 * half] * factor, high = x[n][2 * half + 1] * factor;
+    struct alignas(2 * sizeof(Element)) Pair {
+      Element items[2];
+    };
+    if (in_pairs && column + 1 < width) {
+      Pair pair;
+      from_float(low, &pair.items[0]), from_float(high, &pair.items[1]);
+      *reinterpret_cast<Pair*>(row + column) = pair;
+    } else {
+      if (column < width) from_float(low, row + column);
+      if (column + 1 < width) from_float(high, row + column + 1);
+    }
+  }
+}
+
+// Whether all of a row's accumulators are finite: the same answer in the four lanes that hold it.
+template <int kNTiles>
+__device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int half) {
+  float sum = 0;  // of products with 0: NaN if anything was not finite
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) sum += x[n][2 * half] * 0.0f + x[n][2 * half + 1] * 0.0f;
+  sum += shuffle_xor(sum, 1);
+  sum += shuffle_xor(sum, 2);
+  return sum == sum;
+}
+
+// Calls redo(row) by the whole warp for every row that is not finite; `base` is the warp's first.
+template <int kMTiles, int kNTiles, typename Redo>
+__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base,
+                                          int rows, Redo redo) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t votes = ballot(!row_is_finite(x[m], half));
+      for (int g = 0; votes != 0; ++g, votes >>= 4) {
+        const int row = base + 16 * m + 8 * half + g;
+        if ((votes & 1) != 0 && row < rows) redo(row);
+      }
+    }
+  }
+}
+
+template <typename Element, int kWidth, bool kGeneral>
+__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
+  using Shape = ForwardShape<Element, kWidth>;
+  using Queries = typename Shape::Queries;
+  using Keys = typename Shape::Keys;
+  using Values = typename Shape::Values;
+  constexpr int kMTiles = Shape::kMTiles, kKeys = Shape::kKeys, kOutTiles = kWidth / 8;
+  constexpr int kSteps = kWidth / kDepth<Element>;
+
+  const int query_length = static_cast<int>(p.query_length);
+  const int key_length = static_cast<int>(p.key_length);
+  const int blocks = (query_length + Shape::kRows - 1) / Shape::kRows;
+  const int pair = static_cast<int>(blockIdx.x) / blocks;
+  const int block = blocks - 1 - static_cast<int>(blockIdx.x) % blocks;
+  const int heads = static_cast<int>(p.query_heads);
+  const Head head = Head::make(p, pair / heads, pair % heads);
+  const int first_row = block * Shape::kRows;
+  const int rows = min(Shape::kRows, query_length - first_row);
+  const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
+
+  const Element* keys = at<const Element>(p.key, head.batch, head.key_head, 0);
+  const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
+  const auto copy_keys = [&](int index) {
+    const int key = order.tile(index) * kKeys;
+    Keys::template copy<!kGeneral>(keys + key * p.key.stride[2], p.key.stride[2],
+                                   key_length - key, static_cast<int>(p.head_dim));
+    commit_copies();
+  };
+  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row),
+                                    p.query.stride[2], rows, static_cast<int>(p.head_dim));
+  if (order.count > 0) copy_keys(0);
+
+  const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
+  const auto lane_q = Queries::Lane::of_a();
+  const auto lane_k = Keys::Lane::of_b();
+  const auto lane_v = Values::Lane::of_a();
+  // The general kernel's scores are in units of log2 already.
+  const float factor = kGeneral ? 1.0f : head.scale;
+  Softmax<kMTiles> softmax;
+  float out[kMTiles][kOutTiles][4] = {};
+  const float sink =
+      p.sinks ? *at<const float>(p.sinks, 0, head.head, 0) * kLog2E / factor : -kInfinity;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      softmax.max[m][half] = sink;
+      softmax.sum[m][half] = t == 0 && sink != -kInfinity ? 1.0f : 0.0f;
+    }
+  }
+
+  const auto visit = [&](int index, auto edge) {
+    const int key = order.tile(index) * kKeys;
+    float s[kMTiles][kKeys / 8][4] = {};
+    wait_for_copies<0>();
+    synchronize_block();  // the keys are here, and nobody reads the values before any more
+    Values::template copy<!kGeneral>(values + key * p.value.stride[2], p.value.stride[2],
+                                     key_length - key, static_cast<int>(p.value_dim));
+    commit_copies();
+    multiply_rows<Queries, Keys, kSteps>(s, lane_q, warp_row, lane_k, Element{});
+    wait_for_copies<0>();
+    synchronize_block();  // the values are here, and nobody reads the keys any more
+    if (index + 1 < order.count) copy_keys(index + 1);
+    const Place place{first_row + warp_row + g, key + 2 * t};
+    if constexpr (kGeneral) {
+      finish_scores(p, head, place, s);
+    } else if constexpr (decltype(edge)::value) {
+      hide_by_position(p, place, s);
+    }
+    update_softmax(factor, s, softmax, out);
+    if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
+    multiply_accumulators<Values>(out, s, lane_v, Element{});
+  };
+  int index = 0;
+  for (; index < order.edges; ++index) visit(index, std::true_type{});
+  if constexpr (!kGeneral) {
+    for (; index < order.count; ++index) visit(index, std::false_type{});
+  }
+
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = softmax.sum[m][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int row = first_row + warp_row + 16 * m + 8 * half + g;
+      if (row >= query_length) continue;
+      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+      write_row(at<Element>(to.out, head.batch, head.head, row), static_cast<int>(p.value_dim),
+                half, inverse, out[m], !kGeneral);
+      if (to.lse && t == 0) {
+        *at<float>(to.lse, head.batch, head.head, row) =
+            lse_of(softmax.max[m][half] * factor, sum);
+      }
+    }
+  }
+  redo_rows(out, first_row + warp_row, query_length,
+            [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
+}
+
+}  // namespace attn_ext::cuda

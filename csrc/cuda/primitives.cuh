@@ -1,0 +1,470 @@
+// What the kernels need of the hardware, one wrapper an instruction: the only file with inline PTX.
+//
+// Every wrapper has a second body in plain C++, written from the PTX ISA's tables of fragments,
+// which the tests run on the host (ATTN_EXT_EMULATED: the architecture times ten, 750 or 800; see
+// tests/cuda_emulator). Addresses of shared memory are byte offsets from the start of the block's.
+//
+// Fragments, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix multiply-accumulate"):
+//     C, 16x8 float: c[0], c[1] = C[g][2t], C[g][2t + 1];  c[2], c[3] the same in row g + 8
+//     A, 16 rows: a[0], a[1], a[2], a[3] = rows g, g + 8, g, g + 8 of two 16-byte columns of chunks
+//     B, 8 columns: b[0], b[1] = column g of two chunks
+// where a lane holds the four bytes 4t to 4t + 3 of a chunk: two halves, or one float.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../attention.h"
+#include "../philox.h"
+
+#ifdef ATTN_EXT_EMULATED
+#include "emulator.h"
+#define ATTN_EXT_ARCHITECTURE ATTN_EXT_EMULATED
+#elif defined(__CUDA_ARCH__)
+#define ATTN_EXT_ARCHITECTURE __CUDA_ARCH__
+#else
+#define ATTN_EXT_ARCHITECTURE 0  // nvcc's pass for the host, which never calls these
+#endif
+
+namespace attn_ext::cuda {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+// A float32 whose products may be rounded to TF32; float itself stays accurate to float32.
+struct TF32 {
+  float value;
+};
+
+template <typename Element>
+constexpr bool kIsHalf = sizeof(Element) == 2;
+
+__device__ __forceinline__ uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+__device__ __forceinline__ float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+// --- Conversions, to nearest, ties to even
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(TF32 x) { return x.value; }
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return float_of(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Float16 x) {
+#if defined(ATTN_EXT_EMULATED)
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return static_cast<float>(half);
+#elif defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
+__device__ __forceinline__ void from_float(float x, TF32* to) { to->value = x; }
+__device__ __forceinline__ void from_float(float x, Float16* to) {
+#if defined(ATTN_EXT_EMULATED)
+  const _Float16 half = static_cast<_Float16>(x);
+  std::memcpy(&to->bits, &half, 2);
+#elif defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#endif
+}
+__device__ __forceinline__ void from_float(float x, BFloat16* to) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  to->bits = x != x ? 0x7FC0 : static_cast<uint16_t>(rounded);
+}
+
+// Two floats rounded to halves, the first in the low half.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t result;
+  if constexpr (std::is_same_v<Element, Float16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+#else
+  Element first, second;
+  from_float(low, &first), from_float(high, &second);
+  return static_cast<uint32_t>(second.bits) << 16 | first.bits;
+#endif
+}
+
+// The nearest TF32, ten bits after the point; ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+  return result;
+#else
+  const uint32_t bits = bits_of(x);
+  return x - x == 0 ? (bits + 0x1000) & ~0x1FFFu : bits;
+#endif
+}
+
+// 2^x, within two units in the last place; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2(float x) {
+#if defined(ATTN_EXT_EMULATED)
+  return x < -126 ? 0 : std::exp2(x);
+#elif defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 0;
+#endif
+}
+
+// --- Threads of a warp and of a block
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+
+__device__ __forceinline__ void synchronize_block() {
+#if defined(ATTN_EXT_EMULATED)
+  emulator::sync_threads();
+#elif defined(__CUDA_ARCH__)
+  __syncthreads();
+#endif
+}
+
+// The word of the lane whose number differs in the bits of `mask`.
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t x, int mask) {
+#if defined(ATTN_EXT_EMULATED)
+  return emulator::warp<uint32_t>(x, [mask](const uint32_t(&in)[32], uint32_t(&out)[32]) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ mask];
+  });
+#elif defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;"
+               : "=r"(result)
+               : "r"(x), "r"(mask));
+  return result;
+#else
+  return x;
+#endif
+}
+__device__ __forceinline__ float shuffle_xor(float x, int mask) {
+  return float_of(shuffle_xor(bits_of(x), mask));
+}
+
+// The word of another lane, of any number.
+__device__ __forceinline__ uint32_t shuffle(uint32_t x, int lane) {
+#if defined(ATTN_EXT_EMULATED)
+  struct Given {
+    uint32_t x;
+    int lane;
+  };
+  return emulator::warp<uint32_t>(Given{x, lane}, [](const Given(&in)[32], uint32_t(&out)[32]) {
+    for (int i = 0; i < 32; ++i) out[i] = in[in[i].lane].x;
+  });
+#elif defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;"
+               : "=r"(result)
+               : "r"(x), "r"(lane));
+  return result;
+#else
+  return x;
+#endif
+}
+
+// The bits of the lanes that say yes.
+__device__ __forceinline__ uint32_t ballot(bool yes) {
+#if defined(ATTN_EXT_EMULATED)
+  return emulator::warp<uint32_t>(yes, [](const bool(&in)[32], uint32_t(&out)[32]) {
+    uint32_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(in[lane]) << lane;
+    for (uint32_t& result : out) result = votes;
+  });
+#elif defined(__CUDA_ARCH__)
+  return __ballot_sync(0xFFFFFFFFu, yes);
+#else
+  return yes;
+#endif
+}
+
+template <typename Combine>
+__device__ __forceinline__ float over_warp(float x, Combine combine) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = combine(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// --- Shared memory
+
+#if defined(__CUDACC__)
+extern __shared__ __align__(128) char dynamic_shared_memory[];
+#endif
+
+__device__ __forceinline__ char* shared_pointer(uint32_t offset) {
+#if defined(ATTN_EXT_EMULATED)
+  return emulator::shared_memory() + offset;
+#elif defined(__CUDACC__)
+  return dynamic_shared_memory + offset;
+#endif
+}
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ uint32_t shared_address(uint32_t offset) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory)) + offset;
+}
+#endif
+
+// Sixteen bytes from global to shared memory, of which the first `valid` are read and the others
+// become 0. In the background from sm_80 on, until a wait_for_copies.
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, int valid) {
+#if defined(ATTN_EXT_EMULATED) && ATTN_EXT_EMULATED >= 800
+  emulator::copy_async(shared_pointer(to), from, 16, valid);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid)
+               : "memory");
+#else
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  Chunk chunk{};
+  if (valid == 16) {
+    chunk = *static_cast<const Chunk*>(from);
+  } else {
+    for (int i = 0; i < valid / 2; ++i) {
+      const uint32_t half = static_cast<const uint16_t*>(from)[i];
+      chunk.words[i / 2] |= half << (i % 2 * 16);
+    }
+  }
+  *reinterpret_cast<Chunk*>(shared_pointer(to)) = chunk;
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if defined(ATTN_EXT_EMULATED) && ATTN_EXT_EMULATED >= 800
+  emulator::commit();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until at most `kPending` of the groups committed are still under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(ATTN_EXT_EMULATED) && ATTN_EXT_EMULATED >= 800
+  emulator::wait(kPending);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Four matrices of eight rows of 16 bytes. Lane i gives the offset of row i % 8 of matrix i / 8. Of
+// each matrix it gets the four bytes at 4t of row g; transposed, halves 2t and 2t + 1 of column g.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
+#if defined(ATTN_EXT_EMULATED)
+  struct Words {
+    uint32_t words[4];
+  };
+  const char* address = shared_pointer(row);
+  const Words mine = emulator::warp<Words>(
+      address, [](const char* const(&rows)[32], Words(&out)[32]) {
+        emulator::count_bank_conflicts(reinterpret_cast<const void* const(&)[32]>(rows), 4);
+        for (int lane = 0; lane < 32; ++lane) {
+          const int g = lane / 4, t = lane % 4;
+          for (int i = 0; i < 4; ++i) {
+            uint16_t halves[2];
+            for (int j = 0; j < 2; ++j) {
+              const int r = kTransposed ? 2 * t + j : g, column = kTransposed ? g : 2 * t + j;
+              std::memcpy(&halves[j], rows[8 * i + r] + 2 * column, 2);
+            }
+            out[lane].words[i] = static_cast<uint32_t>(halves[1]) << 16 | halves[0];
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) to[i] = mine.words[i];
+#elif defined(__CUDA_ARCH__)
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+#endif
+}
+
+// --- Matrix products: C += A B, over two chunks of 16 bytes
+
+#if defined(ATTN_EXT_EMULATED)
+// Fragments of a warp, and the product that they mean.
+struct Fragments {
+  float c[4];
+  uint32_t a[4], b[2];
+};
+template <typename Element, typename Value>
+inline void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                               Value value) {
+  struct Sums {
+    float c[4];
+  };
+  constexpr int kPerWord = kIsHalf<Element> ? 2 : 1, kDepth = 8 * kPerWord;
+  const Fragments mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const Sums sums = emulator::warp<Sums>(mine, [value](const Fragments(&in)[32], Sums(&out)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double sum = in[lane].c[i];
+        for (int k = 0; k < kDepth; ++k) {
+          const int t = k / kPerWord % 4, chunk = k / (4 * kPerWord), part = k % kPerWord;
+          const uint32_t left = in[row % 8 * 4 + t].a[2 * chunk + row / 8];
+          const uint32_t right = in[column * 4 + t].b[chunk];
+          sum += static_cast<double>(value(left, part)) * value(right, part);
+        }
+        out[lane].c[i] = static_cast<float>(sum);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) c[i] = sums.c[i];
+}
+#endif
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, Float16) {
+#if defined(ATTN_EXT_EMULATED)
+  multiply_fragments<Float16>(c, a, b0, b1, [](uint32_t word, int part) {
+    return to_float(Float16{static_cast<uint16_t>(word >> 16 * part)});
+  });
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+// From sm_80 on.
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, BFloat16) {
+#if defined(ATTN_EXT_EMULATED)
+  multiply_fragments<BFloat16>(c, a, b0, b1, [](uint32_t word, int part) {
+    return to_float(BFloat16{static_cast<uint16_t>(word >> 16 * part)});
+  });
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
+
+// Operands that are TF32 already.
+__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1) {
+#if defined(ATTN_EXT_EMULATED)
+  multiply_fragments<float>(c, a, b0, b1, [](uint32_t word, int) { return float_of(word); });
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// The same of float32 where there are no tensor cores for it: every lane fetches the rows of A and
+// the columns of B that its sums need.
+__device__ __forceinline__ void multiply_add_by_lanes(float (&c)[4], const uint32_t (&a)[4],
+                                                      uint32_t b0, uint32_t b1) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const uint32_t mine_of_b = k < 4 ? b0 : b1;
+    const float low = float_of(shuffle(a[k / 4 * 2], 4 * g + k % 4));
+    const float high = float_of(shuffle(a[k / 4 * 2 + 1], 4 * g + k % 4));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float right = float_of(shuffle(mine_of_b, 4 * (2 * t + j) + k % 4));
+      c[j] = fmaf(low, right, c[j]);
+      c[2 + j] = fmaf(high, right, c[2 + j]);
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, TF32) {
+#if ATTN_EXT_ARCHITECTURE >= 800
+  const uint32_t left[4] = {to_tf32(float_of(a[0])), to_tf32(float_of(a[1])),
+                            to_tf32(float_of(a[2])), to_tf32(float_of(a[3]))};
+  multiply_add_tf32(c, left, to_tf32(float_of(b0)), to_tf32(float_of(b1)));
+#else
+  multiply_add_by_lanes(c, a, b0, b1);
+#endif
+}
+
+// Accurate to float32: each operand is the sum of two TF32, and the product of the two small parts
+// is left out ("3xTF32"; Ootomo and Yokota, 2022, arXiv:2203.03341). What is not finite has no
+// small part.
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, float) {
+#if ATTN_EXT_ARCHITECTURE >= 800
+  const auto split = [](uint32_t bits, uint32_t* large, uint32_t* small) {
+    const float x = float_of(bits);
+    *large = to_tf32(x);
+    const float rest = x - float_of(*large);
+    *small = rest == rest ? to_tf32(rest) : 0;
+  };
+  uint32_t large[4], small[4], large_b[2], small_b[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split(a[i], &large[i], &small[i]);
+  split(b0, &large_b[0], &small_b[0]), split(b1, &large_b[1], &small_b[1]);
+  multiply_add_tf32(c, small, large_b[0], large_b[1]);
+  multiply_add_tf32(c, large, small_b[0], small_b[1]);
+  multiply_add_tf32(c, large, large_b[0], large_b[1]);
+#else
+  multiply_add_by_lanes(c, a, b0, b1);
+#endif
+}
+
+}  // namespace attn_ext::cuda

@@ -1,0 +1,121 @@
+// What becomes of a product of query and key before the softmax: the terms of the contract, one
+// score at a time, in units of log2.
+#pragma once
+
+#include "tile.cuh"
+
+namespace attn_ext::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+template <typename T>
+__device__ __forceinline__ T* at(const View& view, int64_t b, int64_t h, int64_t row,
+                                 int64_t column = 0) {
+  return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] +
+         row * view.stride[2] + column * view.stride[3];
+}
+
+// The keys [begin, end) that a row may see by position.
+struct Visible {
+  int begin, end;
+
+  __device__ __forceinline__ static Visible of_row(const Problem& p, int row) {
+    const int64_t diagonal = row + p.diagonal, last = p.key_length;
+    const int64_t begin = diagonal - p.left, end = diagonal + p.right + 1;
+    return {static_cast<int>(begin < 0 ? 0 : begin < last ? begin : last),
+            static_cast<int>(end < 0 ? 0 : end < last ? end : last)};
+  }
+};
+
+// One head of one batch, and what applies to all of its scores.
+struct Head {
+  int batch, head, key_head;
+  float scale;  // takes a product to units of log2
+
+  __device__ __forceinline__ static Head make(const Problem& p, int batch, int head) {
+    return {batch, head, static_cast<int>(head / (p.query_heads / p.key_heads)),
+            static_cast<float>(p.scale) * kLog2E};
+  }
+};
+
+// An entry of a mask in units of log2, -inf where it forbids.
+__device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t h, int64_t row,
+                                            int64_t column) {
+  const int64_t index = b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] +
+                        column * mask.stride[3];
+  switch (mask.dtype) {
+    case DType::kBool:
+      return static_cast<const uint8_t*>(mask.data)[index] ? 0.0f : -kInfinity;
+    case DType::kFloat16:
+      return kLog2E * to_float(static_cast<const Float16*>(mask.data)[index]);
+    case DType::kBFloat16:
+      return kLog2E * to_float(static_cast<const BFloat16*>(mask.data)[index]);
+    default:
+      return kLog2E * static_cast<const float*>(mask.data)[index];
+  }
+}
+
+// softcap * tanh(x / softcap); `slope` becomes its derivative.
+__device__ __forceinline__ float capped(const Problem& p, float product, float* slope) {
+  const float t = tanhf(product * static_cast<float>(p.scale / p.softcap));
+  *slope = 1 - t * t;
+  return t * static_cast<float>(p.softcap) * kLog2E;
+}
+
+// A score from its product, -inf where the pair is hidden; `slope`: the softcap's derivative. The
+// pair exists: row and key lie within the problem's lengths.
+__device__ inline float score_of(const Problem& p, const Head& head, Visible visible, int row,
+                                 int key, float product, float* slope) {
+  if (key < visible.begin || key >= visible.end) return -kInfinity;
+  float score = product * head.scale;
+  *slope = 1;
+  if (p.softcap != 0) score = capped(p, product, slope);
+  if (p.alibi_slopes) {
+    const float alibi = *at<const float>(p.alibi_slopes, head.batch, head.head, 0);
+    score -= alibi * kLog2E * fabsf(static_cast<float>(row + p.diagonal - key));
+  }
+  for (const View* mask : {&p.mask, &p.key_mask}) {
+    if (!*mask) continue;
+    const float entry = mask_entry(*mask, head.batch, head.head, row, key);
+    // By selection: NaN - inf would be NaN.
+    score = entry == -kInfinity ? entry : score + entry;
+  }
+  return score;
+}
+
+// 1 / (1 - dropout_p) where the weight is kept, else 0.
+__device__ __forceinline__ float kept(const Problem& p, uint32_t word) {
+  return word >= p.dropout_threshold ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+}
+
+// The random words of four neighbouring columns, from the one that four divides.
+__device__ __forceinline__ void random_words(const Problem& p, const Head& head, int row, int key,
+                                             uint32_t (&words)[4]) {
+  words[0] = static_cast<uint32_t>(p.key_start + key) >> 2;
+  words[1] = static_cast<uint32_t>(p.query_start + row);
+  words[2] = static_cast<uint32_t>(head.batch * p.query_heads + head.head);
+  words[3] = p.offset;
+  philox(words, p.seed, [](uint32_t a, uint32_t constant, uint32_t* high, uint32_t* low) {
+    const uint64_t product = static_cast<uint64_t>(a) * constant;
+    *high = static_cast<uint32_t>(product >> 32), *low = static_cast<uint32_t>(product);
+  });
+}
+
+__device__ inline float keep_factor(const Problem& p, const Head& head, int row, int key) {
+  uint32_t words[4];
+  random_words(p, head, row, key, words);
+  return kept(p, words[(p.key_start + key) & 3]);
+}
+
+// Where a lane's accumulators lie in a tile of scores: row `first_row` + 16 m + 8 (i / 2), column
+// `first_key` + 8 n + i % 2.
+struct Place {
+  int first_row, first_key;
+
+  __device__ __forceinline__ int row(int m, int i) const { return first_row + 16 * m + i / 2 * 8; }
+  __device__ __forceinline__ int key(int n, int i) const { return first_key + 8 * n + i % 2; }
+};
+
+}  // namespace attn_ext::cuda

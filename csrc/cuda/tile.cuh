@@ -1,0 +1,202 @@
+// Tiles of query, key and value rows in shared memory, and the fragments that products take from
+// them.
+//
+// A tile is divided into panels of 128 bytes of each row (64 where the width is no multiple of
+// that), and a row's chunks of 16 bytes are exchanged within a panel by the row's number, so that
+// eight rows of one column of chunks lie in eight different groups of banks (for 64 bytes: two rows
+// share the 128). An address is the lane's own part, exclusive-or a constant, plus a constant.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace attn_ext::cuda {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+
+// kRows rows of kWidth elements at byte `kStart` of shared memory.
+template <typename Element, int kRows, int kWidth, uint32_t kStart>
+struct Tile {
+  static constexpr int kChunk = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int kChunks = kWidth / kChunk;
+  static constexpr int kPanelChunks = kChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kPanels = kChunks / kPanelChunks;
+  static constexpr uint32_t kRowBytes = 16 * kPanelChunks;
+  static constexpr uint32_t kPanelBytes = kRows * kRowBytes;
+  static constexpr uint32_t kEnd = kStart + kPanels * kPanelBytes;
+  static_assert(kChunks % 4 == 0, "a row is a whole number of panels");
+  static_assert(kThreads % kPanelChunks == 0, "every thread stays in one column of chunks");
+
+  __device__ __forceinline__ static uint32_t exchanged(int row, int chunk) {
+    return static_cast<uint32_t>(chunk ^ (kPanelChunks == 8 ? row & 7 : row >> 1 & 3));
+  }
+  // Where an element lies.
+  __device__ __forceinline__ static uint32_t offset(int row, int column) {
+    const int chunk = column / kChunk, panel = chunk / kPanelChunks;
+    return kStart + panel * kPanelBytes + row * kRowBytes +
+           16 * exchanged(row, chunk % kPanelChunks) +
+           column % kChunk * static_cast<uint32_t>(sizeof(Element));
+  }
+
+  // Rows [0, rows) of `width` elements from global memory; zeros beyond.
+  template <bool kAligned>
+  __device__ __forceinline__ static void copy(const Element* from, int64_t stride, int rows,
+                                              int width) {
+    if constexpr (kAligned) {
+      constexpr int kRowsAtOnce = kThreads / kPanelChunks;
+      static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
+      const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
+      const int first = static_cast<int>(threadIdx.x) / kPanelChunks;
+      const uint32_t to = kStart + first * kRowBytes + 16 * exchanged(first, chunk);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int column = (panel * kPanelChunks + chunk) * kChunk;
+        const int left = width - column;
+        const int bytes =
+            left >= kChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(Element)) : 0;
+        const Element* source = from + first * stride + column;
+#pragma unroll
+        for (int row = 0; row < kRows; row += kRowsAtOnce) {
+          const bool exists = first + row < rows;
+          copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
+                        exists ? bytes : 0);
+          source += kRowsAtOnce * stride;
+        }
+      }
+    } else {
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
+        const int row = i / kWidth, column = i % kWidth;
+        Element x{};
+        if (row < rows && column < width) x = from[row * stride + column];
+        *reinterpret_cast<Element*>(shared_pointer(offset(row, column))) = x;
+      }
+    }
+  }
+
+  // Fragments of A or B that lie along the rows: the lane's part of the address, for rows
+  // `row` + r0 and the two chunks of step `step`. The order of the four matrices differs.
+  struct Lane {
+    uint32_t start;
+
+    // Of A: rows 0 to 7, 8 to 15, then the same of the next chunk.
+    __device__ __forceinline__ static Lane of_a() {
+      const int lane = lane_index();
+      return make(lane % 16, lane / 16);
+    }
+    // Of B, two column groups: rows 0 to 7, the same of the next chunk, then rows 8 to 15.
+    __device__ __forceinline__ static Lane of_b() {
+      const int lane = lane_index();
+      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    }
+    __device__ __forceinline__ static Lane make(int row, int chunk) {
+      return {row * kRowBytes + 16 * exchanged(row, chunk)};
+    }
+    __device__ __forceinline__ uint32_t at(int first_row, int step) const {
+      const uint32_t turned = start ^ static_cast<uint32_t>(2 * step % kPanelChunks * 16);
+      return turned + kStart + 2 * step / kPanelChunks * kPanelBytes + first_row * kRowBytes;
+    }
+  };
+};
+
+// What a step of a product takes: two chunks along the summed dimension.
+template <typename Element>
+constexpr int kDepth = 32 / static_cast<int>(sizeof(Element));  // 16 or 8 elements
+
+// A (16 x depth) from `row` on.
+template <typename Tile>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], typename Tile::Lane lane, int row,
+                                       int step) {
+  load_matrices<false>(a, lane.at(row, step));
+}
+
+// B (depth x 16), its columns being rows of the tile: b[0], b[1] of columns 0 to 7, b[2], b[3] of
+// columns 8 to 15.
+template <typename Tile>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], typename Tile::Lane lane, int row,
+                                       int step) {
+  load_matrices<false>(b, lane.at(row, step));
+}
+
+// B (depth x 16), its rows being rows of the tile from `row` on, its columns the tile's from
+// 16 * `block` on. Of float32, row t + 4 i of B is row 2 t + i, as accumulators_as_a has it.
+template <typename Tile, typename Element>
+__device__ __forceinline__ void load_b_by_row(uint32_t (&b)[4], typename Tile::Lane lane, int row,
+                                              int block, Element) {
+  if constexpr (kIsHalf<Element>) {
+    load_matrices<true>(b, lane.at(row, block));
+  } else {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t from = Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g);
+      b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(from));
+    }
+  }
+}
+
+// Columns of C as the operand A of the next product, from column kDepth * step on.
+template <typename Element, int kTiles>
+__device__ __forceinline__ void accumulators_as_a(const float (&c)[kTiles][4], int step,
+                                                  uint32_t (&a)[4]) {
+  if constexpr (kIsHalf<Element>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* from = c[2 * step + i / 2] + i % 2 * 2;
+      a[i] = pack<Element>(from[0], from[1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = bits_of(c[step][i % 2 * 2 + i / 2]);
+  }
+}
+
+// C (16 kMTiles rows x 8 kNTiles columns) += A B^T, both along the rows of their tiles: queries and
+// keys, say. `row` is the first of A's.
+template <typename TileA, typename TileB, int kSteps, int kMTiles, int kNTiles, typename Element>
+__device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
+                                              typename TileA::Lane lane_a, int row,
+                                              typename TileB::Lane lane_b, Element element) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t a[kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, row + 16 * m, step);
+#pragma unroll
+    for (int n = 0; n < kNTiles; n += 2) {
+      uint32_t b[4];
+      load_b<TileB>(b, lane_b, 8 * n, step);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        multiply_add(c[m][n], a[m], b[0], b[1], element);
+        multiply_add(c[m][n + 1], a[m], b[2], b[3], element);
+      }
+    }
+  }
+}
+
+// C (16 kMTiles rows x 8 kNTiles columns) += P B, where P (16 kMTiles x 8 kPTiles) are accumulators
+// and B's rows are those of a tile: weights and values, say.
+template <typename TileB, int kMTiles, int kPTiles, int kNTiles, typename Element>
+__device__ __forceinline__ void multiply_accumulators(float (&c)[kMTiles][kNTiles][4],
+                                                      const float (&p)[kMTiles][kPTiles][4],
+                                                      typename TileB::Lane lane_b,
+                                                      Element element) {
+#pragma unroll
+  for (int step = 0; step < 8 * kPTiles / kDepth<Element>; ++step) {
+    uint32_t a[kMTiles][4];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) accumulators_as_a<Element>(p[m], step, a[m]);
+#pragma unroll
+    for (int n = 0; n < kNTiles; n += 2) {
+      uint32_t b[4];
+      load_b_by_row<TileB>(b, lane_b, kDepth<Element> * step, n / 2, element);
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        multiply_add(c[m][n], a[m], b[0], b[1], element);
+        multiply_add(c[m][n + 1], a[m], b[2], b[3], element);
+      }
+    }
+  }
+}
+
+}  // namespace attn_ext::cuda
