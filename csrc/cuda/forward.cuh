@@ -105,13 +105,13 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
 
 // Hides what lies outside the rows' reach; scores stay in their units.
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void hide_by_position(const Problem& p, Place place,
+__device__ __forceinline__ void hide_by_position(const Problem& p, Place<false> place,
                                                  float (&s)[kMTiles][kNTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Visible visible = Visible::of_row(p, place.row(m, 2 * half));
+      const Visible visible = Visible::of_row(p, place.row(m, 0, 2 * half));
       const int begin = visible.begin - place.first_key, end = visible.end - place.first_key;
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
@@ -127,37 +127,28 @@ __device__ __forceinline__ void hide_by_position(const Problem& p, Place place,
 
 // Products become scores in units of log2. Rows beyond the last are given the last one's.
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void finish_scores(const Problem& p, const Head& head, Place place,
+__device__ __forceinline__ void finish_scores(const Problem& p, const Head& head,
+                                              Place<false> place,
                                               float (&s)[kMTiles][kNTiles][4]) {
   const int last = static_cast<int>(p.query_length) - 1;
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = min(place.row(m, i), last);
-        float slope;
-        s[m][n][i] = score_of(p, head, Visible::of_row(p, row), row, place.key(n, i), s[m][n][i],
-                              &slope);
-      }
-    }
-  }
+  Unrolled<kMTiles, kNTiles> scores(s);
+  for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
+    float slope;
+    row = min(row, last);
+    scores.items[index] =
+        score_of(p, head, Visible::of_row(p, row), row, key, scores.items[index], &slope);
+  });
+  scores.copy_to(s);
 }
 
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void drop(const Problem& p, const Head& head, Place place,
-                                     float (&weights)[kMTiles][kNTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weights[m][n][i] *= keep_factor(p, head, place.row(m, i), place.key(n, i));
-      }
-    }
-  }
+__device__ __forceinline__ void drop(const Problem& p, const Head& head, Place<false> place,
+                                     float (&s)[kMTiles][kNTiles][4]) {
+  Unrolled<kMTiles, kNTiles> weights(s);
+  for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
+    weights.items[index] *= keep_factor(p, head, row, key);
+  });
+  weights.copy_to(s);
 }
 
 __device__ __forceinline__ float lse_of(float max, float sum) {
@@ -167,7 +158,7 @@ __device__ __forceinline__ float lse_of(float max, float sum) {
 
 // One row by a whole warp, key by key, so that hidden values are never touched.
 template <typename Element, int kWidth>
-__device__ __noinline__ void careful_row(const Problem& p, const ForwardArguments& to,
+__device__ __attribute__((noinline)) void careful_row(const Problem& p, const ForwardArguments& to,
                                          const Head& head, int row) {
   constexpr int kColumns = (kWidth + 31) / 32;
   const int lane = lane_index();
@@ -262,7 +253,8 @@ __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4],
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
+__global__ void __launch_bounds__(kThreads)
+    run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   using Shape = ForwardShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;
@@ -283,14 +275,17 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
 
   const Element* keys = at<const Element>(p.key, head.batch, head.key_head, 0);
   const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
+  const bool keys_aligned = !kGeneral || rows_are_aligned<Element>(p.key);
+  const bool values_aligned = !kGeneral || rows_are_aligned<Element>(p.value);
   const auto copy_keys = [&](int index) {
     const int key = order.tile(index) * kKeys;
-    Keys::template copy<!kGeneral>(keys + key * p.key.stride[2], p.key.stride[2],
-                                   key_length - key, static_cast<int>(p.head_dim));
+    Keys::copy(keys + key * p.key.stride[2], p.key.stride[2],
+                                   key_length - key, static_cast<int>(p.head_dim), keys_aligned);
     commit_copies();
   };
-  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row),
-                                    p.query.stride[2], rows, static_cast<int>(p.head_dim));
+  Queries::copy(at<const Element>(p.query, head.batch, head.head, first_row),
+                                    p.query.stride[2], rows, static_cast<int>(p.head_dim),
+                !kGeneral || rows_are_aligned<Element>(p.query));
   if (order.count > 0) copy_keys(0);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
@@ -317,14 +312,14 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
     float s[kMTiles][kKeys / 8][4] = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    Values::template copy<!kGeneral>(values + key * p.value.stride[2], p.value.stride[2],
-                                     key_length - key, static_cast<int>(p.value_dim));
+    Values::copy(values + key * p.value.stride[2], p.value.stride[2],
+                                     key_length - key, static_cast<int>(p.value_dim), values_aligned);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, warp_row, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
     if (index + 1 < order.count) copy_keys(index + 1);
-    const Place place{first_row + warp_row + g, key + 2 * t};
+    const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
       finish_scores(p, head, place, s);
     } else if constexpr (decltype(edge)::value) {

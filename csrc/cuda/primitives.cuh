@@ -11,6 +11,7 @@
 // where a lane holds the four bytes 4t to 4t + 3 of a chunk: two halves, or one float.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,6 +30,11 @@
 #endif
 
 namespace attn_ext::cuda {
+
+#ifdef ATTN_EXT_EMULATED
+using std::max;
+using std::min;
+#endif
 
 struct Float16 {
   uint16_t bits;

@@ -109,13 +109,61 @@ __device__ inline float keep_factor(const Problem& p, const Head& head, int row,
   return kept(p, words[(p.key_start + key) & 3]);
 }
 
-// Where a lane's accumulators lie in a tile of scores: row `first_row` + 16 m + 8 (i / 2), column
-// `first_key` + 8 n + i % 2.
+// Where a lane's accumulators lie: tile (m, n), element i of a C fragment. Rows of C are rows of
+// the problem, its columns are keys; or, transposed, the other way round.
+template <bool kTransposed>
 struct Place {
-  int first_row, first_key;
+  int first_row, first_key;  // of this lane's first element
 
-  __device__ __forceinline__ int row(int m, int i) const { return first_row + 16 * m + i / 2 * 8; }
-  __device__ __forceinline__ int key(int n, int i) const { return first_key + 8 * n + i % 2; }
+  __device__ __forceinline__ int row(int m, int n, int i) const {
+    return first_row + (kTransposed ? 8 * n + i % 2 : 16 * m + i / 2 * 8);
+  }
+  __device__ __forceinline__ int key(int m, int n, int i) const {
+    return first_key + (kTransposed ? 16 * m + i / 2 * 8 : 8 * n + i % 2);
+  }
+  __device__ __forceinline__ static Place of_lane(int row, int key) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    return {row + (kTransposed ? 2 * t : g), key + (kTransposed ? g : 2 * t)};
+  }
 };
+
+// Calls visit(row, key, element number) for all of a lane's places in a tile, in a loop that is not
+// unrolled: what the general kernels do with a pair is long, and would be compiled for each.
+template <bool kTransposed, int kMTiles, int kNTiles, typename Visit>
+__device__ __forceinline__ void for_each_place(Place<kTransposed> place, Visit visit) {
+#pragma unroll 1
+  for (int index = 0; index < 4 * kMTiles * kNTiles; ++index) {
+    const int m = index / (4 * kNTiles), n = index / 4 % kNTiles, i = index % 4;
+    visit(place.row(m, n, i), place.key(m, n, i), index);
+  }
+}
+
+// Accumulators in memory of the lane's own, where a loop can count through them.
+template <int kMTiles, int kNTiles>
+struct Unrolled {
+  float items[4 * kMTiles * kNTiles];
+
+  __device__ __forceinline__ explicit Unrolled(const float (&c)[kMTiles][kNTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      items[i] = c[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4];
+    }
+  }
+  __device__ __forceinline__ void copy_to(float (&c)[kMTiles][kNTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      c[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4] = items[i];
+    }
+  }
+};
+
+// Whether every row of a tensor starts on 16 bytes.
+template <typename Element>
+__host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {
+  const int64_t strides = view.stride[0] | view.stride[1] | view.stride[2];
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  return ((strides * static_cast<int64_t>(sizeof(Element)) | static_cast<int64_t>(address)) & 15) ==
+         0;
+}
 
 }  // namespace attn_ext::cuda

@@ -38,62 +38,64 @@ struct Tile {
            column % kChunk * static_cast<uint32_t>(sizeof(Element));
   }
 
-  // Rows [0, rows) of `width` elements from global memory; zeros beyond.
-  template <bool kAligned>
+  // Rows [0, rows) of `width` elements from global memory; zeros beyond. `aligned`: every row
+  // starts on 16 bytes. Without that, element by element and at once. `shift`: as Lane's.
   __device__ __forceinline__ static void copy(const Element* from, int64_t stride, int rows,
-                                              int width) {
-    if constexpr (kAligned) {
-      constexpr int kRowsAtOnce = kThreads / kPanelChunks;
-      static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
-      const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
-      const int first = static_cast<int>(threadIdx.x) / kPanelChunks;
-      const uint32_t to = kStart + first * kRowBytes + 16 * exchanged(first, chunk);
+                                              int width, bool aligned, uint32_t shift = 0) {
+    if (!aligned) return copy_elements(from, stride, rows, width, shift);
+    constexpr int kRowsAtOnce = kThreads / kPanelChunks;
+    static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
+    const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
+    const int first = static_cast<int>(threadIdx.x) / kPanelChunks;
+    const uint32_t to = kStart + shift + first * kRowBytes + 16 * exchanged(first, chunk);
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int column = (panel * kPanelChunks + chunk) * kChunk;
-        const int left = width - column;
-        const int bytes =
-            left >= kChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(Element)) : 0;
-        const Element* source = from + first * stride + column;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int column = (panel * kPanelChunks + chunk) * kChunk;
+      const int left = width - column;
+      const int bytes =
+          left >= kChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(Element)) : 0;
+      const Element* source = from + first * stride + column;
 #pragma unroll
-        for (int row = 0; row < kRows; row += kRowsAtOnce) {
-          const bool exists = first + row < rows;
-          copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
-                        exists ? bytes : 0);
-          source += kRowsAtOnce * stride;
-        }
+      for (int row = 0; row < kRows; row += kRowsAtOnce) {
+        copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
+                      first + row < rows ? bytes : 0);
+        source += kRowsAtOnce * stride;
       }
-    } else {
-      for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
-        const int row = i / kWidth, column = i % kWidth;
-        Element x{};
-        if (row < rows && column < width) x = from[row * stride + column];
-        *reinterpret_cast<Element*>(shared_pointer(offset(row, column))) = x;
-      }
+    }
+  }
+  __device__ __attribute__((noinline)) static void copy_elements(const Element* from, int64_t stride, int rows,
+                                                    int width, uint32_t shift) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
+      const int row = i / kWidth, column = i % kWidth;
+      Element x{};
+      if (row < rows && column < width) x = from[row * stride + column];
+      *reinterpret_cast<Element*>(shared_pointer(offset(row, column) + shift)) = x;
     }
   }
 
   // Fragments of A or B that lie along the rows: the lane's part of the address, for rows
   // `row` + r0 and the two chunks of step `step`. The order of the four matrices differs.
   struct Lane {
-    uint32_t start;
+    uint32_t start, shift;
 
-    // Of A: rows 0 to 7, 8 to 15, then the same of the next chunk.
-    __device__ __forceinline__ static Lane of_a() {
+    // Of A: rows 0 to 7, 8 to 15, then the same of the next chunk. `shift`: bytes between this
+    // tile and the one meant, where several take turns.
+    __device__ __forceinline__ static Lane of_a(uint32_t shift = 0) {
       const int lane = lane_index();
-      return make(lane % 16, lane / 16);
+      return make(lane % 16, lane / 16, shift);
     }
     // Of B, two column groups: rows 0 to 7, the same of the next chunk, then rows 8 to 15.
-    __device__ __forceinline__ static Lane of_b() {
+    __device__ __forceinline__ static Lane of_b(uint32_t shift = 0) {
       const int lane = lane_index();
-      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2, shift);
     }
-    __device__ __forceinline__ static Lane make(int row, int chunk) {
-      return {row * kRowBytes + 16 * exchanged(row, chunk)};
+    __device__ __forceinline__ static Lane make(int row, int chunk, uint32_t shift) {
+      return {row * kRowBytes + 16 * exchanged(row, chunk), shift};
     }
     __device__ __forceinline__ uint32_t at(int first_row, int step) const {
       const uint32_t turned = start ^ static_cast<uint32_t>(2 * step % kPanelChunks * 16);
-      return turned + kStart + 2 * step / kPanelChunks * kPanelBytes + first_row * kRowBytes;
+      return turned + shift + kStart + 2 * step / kPanelChunks * kPanelBytes +
+             first_row * kRowBytes;
     }
   };
 };
@@ -128,7 +130,7 @@ __device__ __forceinline__ void load_b_by_row(uint32_t (&b)[4], typename Tile::L
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t from = Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g);
+      const uint32_t from = Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g) + lane.shift;
       b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(from));
     }
   }

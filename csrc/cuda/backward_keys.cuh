@@ -1,0 +1,253 @@
+// Backward pass, second part: dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm 2,
+// the column's half of it).
+//
+// Grid: a block for kKeys keys of one key head. Block: four warps, each with 16 or 32 keys of its
+// own. The block's keys and values stay in shared memory; tiles of queries and output gradients of
+// all heads that share the key head pass by, copied ahead where two of them fit. Everything is
+// transposed, keys being the rows, so that weights go from accumulators to operands in registers:
+//     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - term)
+//     dV += P^T dO;  dK += dS^T Q
+// Heads wider than 192 take two passes, one for dV and one for dK, whose sums would not fit the
+// registers together. Tested like backward_queries.cuh.
+#pragma once
+
+#include "gradients.cuh"
+
+namespace attn_ext::cuda {
+
+enum class Pass { kBoth, kValues, kKeys };
+
+template <typename Element, int kWidth>
+struct KeyGradientShape {
+  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 64 ? 2 : 1;
+  static constexpr int kKeys = 16 * kMTiles * kWarps;
+  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
+  static constexpr int kRows = kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kStages = kRowBytes <= 768 ? 2 : 1;
+  using Keys = Tile<Element, kKeys, kWidth, 0>;
+  using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
+  // Of each stage; the second one's are the first's, kStageBytes further.
+  using Queries = Tile<Element, kRows, kWidth, Values::kEnd>;
+  using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
+  static constexpr uint32_t kStageBytes = Gradients::kEnd - Values::kEnd;
+  static constexpr uint32_t kRowValues = Values::kEnd + kStages * kStageBytes;
+  static constexpr int kSharedBytes = kRowValues + kRows * sizeof(RowValues);
+};
+
+// One key's dK and dV by a whole warp, pair by pair.
+template <typename Element, int kWidth>
+__device__ __attribute__((noinline)) void careful_key(const Problem& p, const BackwardArguments& to, int batch,
+                                         int key_head, int key) {
+  constexpr int kColumns = (kWidth + 31) / 32;
+  const int group = static_cast<int>(p.query_heads / p.key_heads);
+  const View none{};
+  float dk[kColumns] = {}, dv[kColumns] = {};
+  for (int i = 0; i < group; ++i) {
+    const Head head = Head::make(p, batch, key_head * group + i);
+    for (int row = 0; row < p.query_length; ++row) {
+      const RowValues values =
+          RowValues::load<Element>(p, to.lse, to.dweights ? none : to.row_term, head, row);
+      const PairGradient pair = careful_pair<Element>(p, to, head, row, key, values);
+      if (pair.weight == 0 && pair.of_product == 0) continue;
+      const Element* q = at<const Element>(p.query, head.batch, head.head, row);
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        const int d = lane_index() + 32 * column;
+        if (d < p.head_dim) dk[column] += pair.of_product * to_float(q[d]);
+        if (to.dout && d < p.value_dim) {
+          dv[column] += pair.weight * to_float(*at<const Element>(to.dout, batch, head.head, row, d));
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+    const int d = lane_index() + 32 * column;
+    if (d < p.head_dim) {
+      from_float(dk[column] * static_cast<float>(p.scale),
+                 at<Element>(to.dkey, batch, key_head, key, d));
+    }
+    if (to.dvalue && d < p.value_dim) {
+      from_float(dv[column], at<Element>(to.dvalue, batch, key_head, key, d));
+    }
+  }
+}
+
+// The tiles of rows that see some key of a block, in the order of work: those at an edge first.
+template <int kRows>
+__device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_key, int last_key,
+                                                   bool all_edges) {
+  // Row i sees key j if j - right <= i + diagonal <= j + left.
+  const auto within = [&](int64_t row) {
+    return static_cast<int>(row < 0 ? 0 : row < p.query_length ? row : p.query_length);
+  };
+  const int first = within(first_key - p.right - p.diagonal);
+  const int end = within(last_key + p.left - p.diagonal + 1);
+  const int full_first = within(last_key - p.right - p.diagonal);
+  const int full_end = within(first_key + p.left - p.diagonal + 1);
+  TileOrder order;
+  order.first = first / kRows;
+  order.count = max((end + kRows - 1) / kRows - order.first, 0);
+  order.full_first = (full_first + kRows - 1) / kRows;
+  // The last rows may be fewer than a tile has: those that do not exist have a weight of 0.
+  const int full_tiles = full_end == p.query_length ? (full_end + kRows - 1) / kRows
+                                                    : full_end / kRows;
+  const int full = all_edges || last_key >= p.key_length ? 0 : full_tiles - order.full_first;
+  order.edges = order.count - max(full, 0);
+  return order;
+}
+
+template <typename Element, int kWidth, bool kGeneral, Pass kPass>
+__global__ void __launch_bounds__(kThreads)
+    key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
+  using Shape = KeyGradientShape<Element, kWidth>;
+  using Keys = typename Shape::Keys;
+  using Values = typename Shape::Values;
+  using Queries = typename Shape::Queries;
+  using Gradients = typename Shape::Gradients;
+  constexpr int kMTiles = Shape::kMTiles, kRows = Shape::kRows, kOutTiles = kWidth / 8;
+  constexpr int kSteps = kWidth / kDepth<Element>, kStages = Shape::kStages;
+  constexpr bool kWantsKeys = kPass != Pass::kValues, kWantsValues = kPass != Pass::kKeys;
+
+  const int query_length = static_cast<int>(p.query_length);
+  const int key_length = static_cast<int>(p.key_length);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int blocks = (key_length + Shape::kKeys - 1) / Shape::kKeys;
+  const int index = static_cast<int>(blockIdx.x) / blocks;
+  const int block = static_cast<int>(blockIdx.x) % blocks;
+  const int key_heads = static_cast<int>(p.key_heads);
+  const int batch = index / key_heads, key_head = index % key_heads;
+  const int group = static_cast<int>(p.query_heads) / key_heads;
+  const int first_key = block * Shape::kKeys;
+  const int keys = min(Shape::kKeys, key_length - first_key);
+  const TileOrder order =
+      order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
+  const bool weights_only = kGeneral && to.dweights;
+
+  const bool queries_aligned = !kGeneral || rows_are_aligned<Element>(p.query);
+  const bool gradients_aligned = !kGeneral || rows_are_aligned<Element>(to.dout);
+  Keys::copy(at<const Element>(p.key, batch, key_head, first_key), p.key.stride[2], keys, head_dim,
+             !kGeneral || rows_are_aligned<Element>(p.key));
+  if (!weights_only) {
+    Values::copy(at<const Element>(p.value, batch, key_head, first_key), p.value.stride[2], keys,
+                 value_dim, !kGeneral || rows_are_aligned<Element>(p.value));
+  }
+
+  // What comes next: the heads' tiles at an edge, then, head by head again, the others.
+  struct Step {
+    int head, number, end;
+  };
+  const auto first_step = [&] {
+    return order.edges > 0 ? Step{0, 0, order.edges} : Step{0, 0, order.count};
+  };
+  const auto next_step = [&](Step step) {
+    if (++step.number < step.end) return step;
+    step.number = step.end == order.edges ? 0 : order.edges;
+    if (++step.head < group) return step;
+    return Step{step.end == order.count ? group : 0, order.edges, order.count};
+  };
+  const auto is_last = [&](const Step& step) {
+    return step.head >= group || step.number >= order.count;
+  };
+  RowValues ahead{};  // of one of the next tile's rows
+  const auto copy_rows = [&](const Step& step, uint32_t stage) {
+    const Head head = Head::make(p, batch, key_head * group + step.head);
+    const int row = order.tile(step.number) * kRows;
+    Queries::copy(at<const Element>(p.query, batch, head.head, row), p.query.stride[2],
+                  query_length - row, head_dim, queries_aligned, stage);
+    const View none{};
+    if (!weights_only) {
+      Gradients::copy(at<const Element>(to.dout, batch, head.head, row), to.dout.stride[2],
+                      query_length - row, value_dim, gradients_aligned, stage);
+    }
+    commit_copies();
+    if (static_cast<int>(threadIdx.x) < kRows) {
+      ahead = RowValues::load<Element>(p, to.lse, weights_only ? none : to.row_term, head,
+                                       row + static_cast<int>(threadIdx.x));
+    }
+  };
+
+  const int warp_key = warp_index() * 16 * kMTiles;
+  const auto lane_k = Keys::Lane::of_a();
+  const auto lane_v = Values::Lane::of_a();
+  float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
+  float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
+  uint32_t stage = 0;
+  auto* const row_values = reinterpret_cast<RowValues*>(shared_pointer(Shape::kRowValues));
+
+  const auto visit = [&](const Step& step, const Step& next, auto edge) {
+    const Head head = Head::make(p, batch, key_head * group + step.head);
+    const int row = order.tile(step.number) * kRows;
+    if (static_cast<int>(threadIdx.x) < kRows) {
+      row_values[threadIdx.x] = ahead;
+    }
+    wait_for_copies<0>();
+    synchronize_block();  // this tile is here; with two stages, the other's is read no more
+    const auto lane_q = Queries::Lane::of_b(stage);
+    const auto lane_q_by_row = Queries::Lane::of_a(stage);
+    const auto lane_do = Gradients::Lane::of_b(stage);
+    const auto lane_do_by_row = Gradients::Lane::of_a(stage);
+    if (kStages == 2) {
+      stage ^= Shape::kStageBytes;
+      if (!is_last(next)) copy_rows(next, stage);
+    }
+    float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4] = {};
+    multiply_rows<Keys, Queries, kSteps>(s, lane_k, warp_key, lane_q, Element{});
+    if (!weights_only) {
+      multiply_rows<Values, Gradients, kSteps>(dp, lane_v, warp_key, lane_do, Element{});
+    }
+    const auto place = Place<true>::of_lane(row, first_key + warp_key);
+    if constexpr (kGeneral) {
+      general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
+                                          [&](int i) { return row_values[i - row]; });
+    } else {
+      plain_gradients<Element, decltype(edge)::value>(
+          p, head, place, s, dp,
+          [&](int, int n, int i) { return row_values[8 * n + lane_index() % 4 * 2 + i % 2]; });
+    }
+    if constexpr (kWantsValues) {
+      if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});
+    }
+    if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row, Element{});
+    synchronize_block();  // nobody reads this tile or its row values any more
+    if (kStages == 1 && !is_last(next)) copy_rows(next, 0);
+  };
+  if (order.count > 0) {
+    Step step = first_step();
+    copy_rows(step, 0);
+    while (!is_last(step) && step.number < order.edges) {
+      const Step next = next_step(step);
+      visit(step, next, std::true_type{});
+      step = next;
+    }
+    if constexpr (!kGeneral) {
+      while (!is_last(step)) {
+        const Step next = next_step(step);
+        visit(step, next, std::false_type{});
+        step = next;
+      }
+    }
+  }
+  wait_for_copies<0>();
+
+  const auto write = [&](const View& view, int width, float factor, const auto& sums) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = first_key + warp_key + 16 * m + 8 * half + lane_index() / 4;
+        if (key >= key_length) continue;
+        write_row(at<Element>(view, batch, key_head, key), width, half, factor, sums[m], !kGeneral);
+      }
+    }
+  };
+  const auto redo = [&](int key) { careful_key<Element, kWidth>(p, to, batch, key_head, key); };
+  if constexpr (kWantsKeys) write(to.dkey, head_dim, static_cast<float>(p.scale), dk);
+  if constexpr (kWantsValues) {
+    if (!weights_only) write(to.dvalue, value_dim, 1.0f, dv);
+  }
+  if constexpr (kWantsKeys) redo_rows(dk, first_key + warp_key, key_length, redo);
+  if constexpr (kWantsValues) redo_rows(dv, first_key + warp_key, key_length, redo);
+}
+
+}  // namespace attn_ext::cuda

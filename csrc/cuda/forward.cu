@@ -1,0 +1,20 @@
+// Instances of forward.cuh.
+#include "forward.cuh"
+#include "launch.cuh"
+
+namespace attn_ext::cuda {
+
+void forward(const Problem& p, const ForwardArguments& to, const Settings& settings) {
+  with_element(p, settings, [&](auto element) {
+    with_width(p, [&](auto width) {
+      using Element = decltype(element);
+      using Shape = ForwardShape<Element, width>;
+      const bool plain = is_plain<Element>(p, p.query, p.key, p.value, to.out);
+      const int64_t blocks = p.batch * p.query_heads * blocks_of(p.query_length, Shape::kRows);
+      launch(settings, blocks, Shape::kSharedBytes,
+             plain ? run_forward<Element, width, false> : run_forward<Element, width, true>, p, to);
+    });
+  });
+}
+
+}  // namespace attn_ext::cuda
