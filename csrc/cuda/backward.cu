@@ -49,11 +49,11 @@ void backward(const Problem& p, const BackwardArguments& to, const Settings& set
       }
       const bool plain = !to.dweights && is_plain<Element>(p, p.query, p.key, p.value, to.dout,
                                                            to.dquery, to.dkey, to.dvalue);
-      if (plain) {
-        run_gradients<Element, width, false>(p, to, settings);
-      } else {
-        run_gradients<Element, width, true>(p, to, settings);
+      auto run = run_gradients<Element, width, true>;
+      if constexpr (kIsHalf<Element>) {
+        if (plain) run = run_gradients<Element, width, false>;
       }
+      run(p, to, settings);
       if (to.dmask) run_mask_gradient<Element, width>(p, to, settings);
     });
   });

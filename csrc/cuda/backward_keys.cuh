@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(kThreads)
 
   const bool queries_aligned = !kGeneral || rows_are_aligned<Element>(p.query);
   const bool gradients_aligned = !kGeneral || rows_are_aligned<Element>(to.dout);
-  Keys::copy(at<const Element>(p.key, batch, key_head, first_key), p.key.stride[2], keys, head_dim,
+  Keys::template copy<!kGeneral>(at<const Element>(p.key, batch, key_head, first_key), row_stride<kGeneral>(p.key), keys, head_dim,
              !kGeneral || rows_are_aligned<Element>(p.key));
   if (!weights_only) {
-    Values::copy(at<const Element>(p.value, batch, key_head, first_key), p.value.stride[2], keys,
+    Values::template copy<!kGeneral>(at<const Element>(p.value, batch, key_head, first_key), row_stride<kGeneral>(p.value), keys,
                  value_dim, !kGeneral || rows_are_aligned<Element>(p.value));
   }
 
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(kThreads)
   const auto copy_rows = [&](const Step& step, uint32_t stage) {
     const Head head = Head::make(p, batch, key_head * group + step.head);
     const int row = order.tile(step.number) * kRows;
-    Queries::copy(at<const Element>(p.query, batch, head.head, row), p.query.stride[2],
+    Queries::template copy<!kGeneral>(at<const Element>(p.query, batch, head.head, row), row_stride<kGeneral>(p.query),
                   query_length - row, head_dim, queries_aligned, stage);
     const View none{};
     if (!weights_only) {
-      Gradients::copy(at<const Element>(to.dout, batch, head.head, row), to.dout.stride[2],
+      Gradients::template copy<!kGeneral>(at<const Element>(to.dout, batch, head.head, row), row_stride<kGeneral>(to.dout),
                       query_length - row, value_dim, gradients_aligned, stage);
     }
     commit_copies();
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   const int warp_key = warp_index() * 16 * kMTiles;
-  const auto lane_k = Keys::Lane::of_a();
-  const auto lane_v = Values::Lane::of_a();
+  const auto lane_k = Keys::Lane::of_a(warp_key);
+  const auto lane_v = Values::Lane::of_a(warp_key);
   float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
   float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
   uint32_t stage = 0;
@@ -184,26 +184,28 @@ __global__ void __launch_bounds__(kThreads)
     wait_for_copies<0>();
     synchronize_block();  // this tile is here; with two stages, the other's is read no more
     const auto lane_q = Queries::Lane::of_b(stage);
-    const auto lane_q_by_row = Queries::Lane::of_a(stage);
+    const auto lane_q_by_row = Queries::Lane::of_a(0, stage);
     const auto lane_do = Gradients::Lane::of_b(stage);
-    const auto lane_do_by_row = Gradients::Lane::of_a(stage);
+    const auto lane_do_by_row = Gradients::Lane::of_a(0, stage);
     if (kStages == 2) {
       stage ^= Shape::kStageBytes;
       if (!is_last(next)) copy_rows(next, stage);
     }
-    float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4] = {};
-    multiply_rows<Keys, Queries, kSteps>(s, lane_k, warp_key, lane_q, Element{});
+    float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4];
+    const auto values_of = [&](int, int n, int i) {
+      return row_values[8 * n + lane_index() % 4 * 2 + i % 2];
+    };
+    start_gradients<!kGeneral>(dp, values_of);
+    multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
     if (!weights_only) {
-      multiply_rows<Values, Gradients, kSteps>(dp, lane_v, warp_key, lane_do, Element{});
+      multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
     }
     const auto place = Place<true>::of_lane(row, first_key + warp_key);
     if constexpr (kGeneral) {
       general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
                                           [&](int i) { return row_values[i - row]; });
     } else {
-      plain_gradients<Element, decltype(edge)::value>(
-          p, head, place, s, dp,
-          [&](int, int n, int i) { return row_values[8 * n + lane_index() % 4 * 2 + i % 2]; });
+      plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
     }
     if constexpr (kWantsValues) {
       if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});

@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kThreads)
   const int key_length = static_cast<int>(p.key_length);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int blocks = (query_length + Shape::kRows - 1) / Shape::kRows;
-  const int index = static_cast<int>(blockIdx.x) / blocks;
+  const int pair = static_cast<int>(blockIdx.x) / blocks;
   const int block = blocks - 1 - static_cast<int>(blockIdx.x) % blocks;
   const int heads = static_cast<int>(p.query_heads);
-  const Head head = Head::make(p, index / heads, index % heads);
+  const Head head = Head::make(p, pair / heads, pair % heads);
   const int first_row = block * Shape::kRows;
   const int rows = min(Shape::kRows, query_length - first_row);
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
@@ -111,23 +111,22 @@ __global__ void __launch_bounds__(kThreads)
   const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
   const bool keys_aligned = !kGeneral || rows_are_aligned<Element>(p.key);
   const bool values_aligned = !kGeneral || rows_are_aligned<Element>(p.value);
-  const auto copy_keys = [&](int number) {
-    const int key = order.tile(number) * kKeys;
-    Keys::copy(keys + key * p.key.stride[2], p.key.stride[2], key_length - key, head_dim,
+  const auto copy_keys = [&](int key) {
+    Keys::template copy<!kGeneral>(keys + static_cast<int64_t>(key) * row_stride<kGeneral>(p.key), row_stride<kGeneral>(p.key), key_length - key, head_dim,
                keys_aligned);
     commit_copies();
   };
-  Queries::copy(at<const Element>(p.query, head.batch, head.head, first_row), p.query.stride[2],
+  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row), row_stride<kGeneral>(p.query),
                 rows, head_dim, !kGeneral || rows_are_aligned<Element>(p.query));
   if (!weights_only) {
-    Gradients::copy(at<const Element>(to.dout, head.batch, head.head, first_row),
-                    to.dout.stride[2], rows, value_dim,
+    Gradients::template copy<!kGeneral>(at<const Element>(to.dout, head.batch, head.head, first_row),
+                    row_stride<kGeneral>(to.dout), rows, value_dim,
                     !kGeneral || rows_are_aligned<Element>(to.dout));
   }
-  if (order.count > 0) copy_keys(0);
+  if (order.count > 0) copy_keys(order.tile(0) * kKeys);
 
   const int g = lane_index() / 4, warp_row = warp_index() * 16 * kMTiles;
-  const auto lane_q = Queries::Lane::of_a();
+  const auto lane_q = Queries::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_k_by_row = Keys::Lane::of_a();
   const View none{};
@@ -143,21 +142,22 @@ __global__ void __launch_bounds__(kThreads)
   }
   float dq[kMTiles][kOutTiles][4] = {}, sums[kMTiles][2] = {};
 
-  const auto visit = [&](int number, auto edge) {
-    const int key = order.tile(number) * kKeys;
-    float s[kMTiles][kKeys / 8][4] = {}, dp[kMTiles][kKeys / 8][4] = {};
+  const auto visit = [&](int key, int next, auto edge) {
+    float s[kMTiles][kKeys / 8][4] = {}, dp[kMTiles][kKeys / 8][4];
+    const auto values_of = [&](int m, int, int i) { return row_values[m][i / 2]; };
+    start_gradients<!kGeneral>(dp, values_of);
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
     if (!weights_only) {
-      Values::copy(values + key * p.value.stride[2], p.value.stride[2], key_length - key,
+      Values::template copy<!kGeneral>(values + static_cast<int64_t>(key) * row_stride<kGeneral>(p.value), row_stride<kGeneral>(p.value), key_length - key,
                    value_dim, values_aligned);
       commit_copies();
     }
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q, warp_row, lane_k, Element{});
+    multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here
     if (!weights_only) {
-      multiply_rows<Gradients, Values, kSteps>(dp, Gradients::Lane::of_a(), warp_row,
+      multiply_rows<Gradients, Values, kSteps>(dp, Gradients::Lane::of_a(warp_row),
                                                Values::Lane::of_b(), Element{});
     }
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
@@ -168,17 +168,21 @@ __global__ void __launch_bounds__(kThreads)
       general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, of_row,
                                           weights_only ? sums : nullptr);
     } else {
-      plain_gradients<Element, decltype(edge)::value>(
-          p, head, place, s, dp, [&](int m, int, int i) { return row_values[m][i / 2]; });
+      plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
     }
     multiply_accumulators<Keys>(dq, dp, lane_k_by_row, Element{});
     synchronize_block();  // nobody reads the keys any more
-    if (number + 1 < order.count) copy_keys(number + 1);
+    if (next >= 0) copy_keys(next);
   };
-  int number = 0;
-  for (; number < order.edges; ++number) visit(number, std::true_type{});
+  for (int index = 0; index < order.edges; ++index) {
+    const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;
+    visit(order.tile(index) * kKeys, next, std::true_type{});
+  }
   if constexpr (!kGeneral) {
-    for (; number < order.count; ++number) visit(number, std::false_type{});
+    const int last = (order.full_first + order.count - order.edges - 1) * kKeys;
+    for (int key = order.full_first * kKeys; key <= last; key += kKeys) {
+      visit(key, key < last ? key + kKeys : -1, std::false_type{});
+    }
   }
   wait_for_copies<0>();
 

@@ -11,8 +11,11 @@ void forward(const Problem& p, const ForwardArguments& to, const Settings& setti
       using Shape = ForwardShape<Element, width>;
       const bool plain = is_plain<Element>(p, p.query, p.key, p.value, to.out);
       const int64_t blocks = p.batch * p.query_heads * blocks_of(p.query_length, Shape::kRows);
-      launch(settings, blocks, Shape::kSharedBytes,
-             plain ? run_forward<Element, width, false> : run_forward<Element, width, true>, p, to);
+      auto kernel = run_forward<Element, width, true>;
+      if constexpr (kIsHalf<Element>) {
+        if (plain) kernel = run_forward<Element, width, false>;
+      }
+      launch(settings, blocks, Shape::kSharedBytes, kernel, p, to);
     });
   });
 }

@@ -63,11 +63,14 @@ struct Softmax {
   float max[kMTiles][2], sum[kMTiles][2];
 };
 
-// Scores become weights; the output so far is rescaled. `factor` takes scores to units of log2.
+// Scores become weights. The output so far is rescaled, unless no row's maximum grew. `factor` takes
+// scores to units of log2.
 template <int kMTiles, int kNTiles, int kOutTiles>
 __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
                                                Softmax<kMTiles>& softmax,
                                                float (&out)[kMTiles][kOutTiles][4]) {
+  float scale[kMTiles][2];
+  bool grew = false;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -82,8 +85,9 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
       after = fmaxf(after, shuffle_xor(after, 2));
       // A row that has seen nothing yet: exp2(-inf - 0) is the 0 that it needs.
       const float shift = after == -kInfinity ? 0.0f : after * factor;
-      const float scale = exp2(before * factor - shift);
-      float sum = softmax.sum[m][half] * scale;
+      scale[m][half] = exp2(before * factor - shift);
+      grew |= after > before;
+      float sum = softmax.sum[m][half] * scale[m][half];
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -92,13 +96,17 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
           sum += s[m][n][i];
         }
       }
-#pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) {
-        out[m][n][2 * half] *= scale;
-        out[m][n][2 * half + 1] *= scale;
-      }
       softmax.max[m][half] = after;
       softmax.sum[m][half] = sum;
+    }
+  }
+  if (ballot(grew) == 0) return;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[m][n][i] *= scale[m][i / 2];
     }
   }
 }
@@ -277,19 +285,18 @@ __global__ void __launch_bounds__(kThreads)
   const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
   const bool keys_aligned = !kGeneral || rows_are_aligned<Element>(p.key);
   const bool values_aligned = !kGeneral || rows_are_aligned<Element>(p.value);
-  const auto copy_keys = [&](int index) {
-    const int key = order.tile(index) * kKeys;
-    Keys::copy(keys + key * p.key.stride[2], p.key.stride[2],
+  const auto copy_keys = [&](int key) {
+    Keys::template copy<!kGeneral>(keys + static_cast<int64_t>(key) * row_stride<kGeneral>(p.key), row_stride<kGeneral>(p.key),
                                    key_length - key, static_cast<int>(p.head_dim), keys_aligned);
     commit_copies();
   };
-  Queries::copy(at<const Element>(p.query, head.batch, head.head, first_row),
-                                    p.query.stride[2], rows, static_cast<int>(p.head_dim),
+  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row),
+                                    row_stride<kGeneral>(p.query), rows, static_cast<int>(p.head_dim),
                 !kGeneral || rows_are_aligned<Element>(p.query));
-  if (order.count > 0) copy_keys(0);
+  if (order.count > 0) copy_keys(order.tile(0) * kKeys);
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
-  const auto lane_q = Queries::Lane::of_a();
+  const auto lane_q = Queries::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_a();
   // The general kernel's scores are in units of log2 already.
@@ -307,18 +314,17 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  const auto visit = [&](int index, auto edge) {
-    const int key = order.tile(index) * kKeys;
+  const auto visit = [&](int key, int next, auto edge) {
     float s[kMTiles][kKeys / 8][4] = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    Values::copy(values + key * p.value.stride[2], p.value.stride[2],
+    Values::template copy<!kGeneral>(values + static_cast<int64_t>(key) * row_stride<kGeneral>(p.value), row_stride<kGeneral>(p.value),
                                      key_length - key, static_cast<int>(p.value_dim), values_aligned);
     commit_copies();
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q, warp_row, lane_k, Element{});
+    multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
-    if (index + 1 < order.count) copy_keys(index + 1);
+    if (next >= 0) copy_keys(next);
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
       finish_scores(p, head, place, s);
@@ -329,10 +335,15 @@ __global__ void __launch_bounds__(kThreads)
     if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
     multiply_accumulators<Values>(out, s, lane_v, Element{});
   };
-  int index = 0;
-  for (; index < order.edges; ++index) visit(index, std::true_type{});
+  for (int index = 0; index < order.edges; ++index) {
+    const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;
+    visit(order.tile(index) * kKeys, next, std::true_type{});
+  }
   if constexpr (!kGeneral) {
-    for (; index < order.count; ++index) visit(index, std::false_type{});
+    const int last = (order.full_first + order.count - order.edges - 1) * kKeys;
+    for (int key = order.full_first * kKeys; key <= last; key += kKeys) {
+      visit(key, key < last ? key + kKeys : -1, std::false_type{});
+    }
   }
 
 #pragma unroll

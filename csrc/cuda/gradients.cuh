@@ -100,8 +100,8 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
   gradients.copy_to(dp);
 }
 
-// The same by one multiply-add, where the product alone makes the score. `values_of` gives the
-// RowValues of (m, n, i).
+// The same by one multiply-add, where the product alone makes the score, and dP started at minus the
+// row terms. `values_of` gives the RowValues of (m, n, i).
 template <typename Element, bool kEdge, bool kTransposed, int kMTiles, int kNTiles, typename Values>
 __device__ __forceinline__ void plain_gradients(const Problem& p, const Head& head,
                                                 Place<kTransposed> place,
@@ -124,9 +124,23 @@ __device__ __forceinline__ void plain_gradients(const Problem& p, const Head& he
           const int key = place.key(m, n, i);
           hidden = key < visible.begin || key >= visible.end;
         }
-        dp[m][n][i] = hidden ? 0.0f : weight * (dp[m][n][i] - values.term);
+        dp[m][n][i] = hidden ? 0.0f : weight * dp[m][n][i];
         s[m][n][i] = hidden ? 0.0f : weight;
       }
+    }
+  }
+}
+
+// Where dP starts: at minus the row terms, for plain_gradients, or at 0.
+template <bool kPlain, int kMTiles, int kNTiles, typename Values>
+__device__ __forceinline__ void start_gradients(float (&dp)[kMTiles][kNTiles][4],
+                                                Values values_of) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[m][n][i] = kPlain ? -values_of(m, n, i).term : 0.0f;
     }
   }
 }

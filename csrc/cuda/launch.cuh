@@ -79,12 +79,18 @@ void with_width(const Problem& p, Call call) {
 }
 
 // Whether a score is its product times a positive factor, or hidden by position; and whether all
-// of these rows lie on 16 bytes.
+// of these rows lie on 16 bytes, are a whole number of them, and less than 2^31 elements apart. Only
+// halves have plain kernels.
 template <typename Element, typename... Views>
 bool is_plain(const Problem& p, const Views&... views) {
-  const bool short_positions = p.scale > 0 && p.softcap == 0 && p.dropout_p == 0;
-  return short_positions && !p.alibi_slopes && !p.mask && !p.key_mask &&
-         (rows_are_aligned<Element>(views) && ...);
+  const bool simple = p.scale > 0 && p.softcap == 0 && p.dropout_p == 0;
+  const bool whole = (p.head_dim | p.value_dim) % (16 / static_cast<int>(sizeof(Element))) == 0;
+  const auto suits = [](const View& view) {
+    return rows_are_aligned<Element>(view) &&
+           view.stride[2] <= std::numeric_limits<int32_t>::max();
+  };
+  return kIsHalf<Element> && simple && whole && !p.alibi_slopes && !p.mask && !p.key_mask &&
+         (suits(views) && ...);
 }
 
 inline int64_t blocks_of(int64_t size, int step) { return (size + step - 1) / step; }

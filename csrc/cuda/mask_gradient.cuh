@@ -69,25 +69,25 @@ __global__ void __launch_bounds__(kThreads)
     const auto place = Place<false>::of_lane(row + warp_row, key);
     float s[1][kNTiles][4] = {}, dp[1][kNTiles][4] = {};
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::copy(at<const Element>(p.query, head.batch, head.head, row), p.query.stride[2],
+    Queries::template copy<false>(at<const Element>(p.query, head.batch, head.head, row), p.query.stride[2],
                   query_length - row, head_dim, rows_are_aligned<Element>(p.query));
-    Keys::copy(at<const Element>(p.key, head.batch, head.key_head, key), p.key.stride[2],
+    Keys::template copy<false>(at<const Element>(p.key, head.batch, head.key_head, key), p.key.stride[2],
                key_length - key, head_dim, rows_are_aligned<Element>(p.key));
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
-    multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(), warp_row, Keys::Lane::of_b(),
+    multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
                                          Element{});
     if (to.dout) {
       synchronize_block();
-      Queries::copy(at<const Element>(to.dout, head.batch, head.head, row), to.dout.stride[2],
+      Queries::template copy<false>(at<const Element>(to.dout, head.batch, head.head, row), to.dout.stride[2],
                     query_length - row, value_dim, rows_are_aligned<Element>(to.dout));
-      Keys::copy(at<const Element>(p.value, head.batch, head.key_head, key), p.value.stride[2],
+      Keys::template copy<false>(at<const Element>(p.value, head.batch, head.key_head, key), p.value.stride[2],
                  key_length - key, value_dim, rows_are_aligned<Element>(p.value));
       commit_copies();
       wait_for_copies<0>();
       synchronize_block();
-      multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(), warp_row,
+      multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(warp_row),
                                            Keys::Lane::of_b(), Element{});
     }
     const View none{};

@@ -157,6 +157,16 @@ struct Unrolled {
   }
 };
 
+// The distance between rows as the kernels count it: the plain ones' fits an int.
+template <bool kGeneral>
+__device__ __forceinline__ auto row_stride(const View& view) {
+  if constexpr (kGeneral) {
+    return view.stride[2];
+  } else {
+    return static_cast<int>(view.stride[2]);
+  }
+}
+
 // Whether every row of a tensor starts on 16 bytes.
 template <typename Element>
 __host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {

@@ -38,11 +38,14 @@ struct Tile {
            column % kChunk * static_cast<uint32_t>(sizeof(Element));
   }
 
-  // Rows [0, rows) of `width` elements from global memory; zeros beyond. `aligned`: every row
-  // starts on 16 bytes. Without that, element by element and at once. `shift`: as Lane's.
-  __device__ __forceinline__ static void copy(const Element* from, int64_t stride, int rows,
+  // Rows [0, rows) of `width` elements from global memory; zeros beyond. kPlain: every row starts on
+  // 16 bytes and is a whole number of chunks; its stride is an int, so that an address is one
+  // multiply-add. Else `aligned` says whether rows start so, without which elements are copied one by
+  // one and at once. `shift`: as Lane's.
+  template <bool kPlain, typename Stride>
+  __device__ __forceinline__ static void copy(const Element* from, Stride stride, int rows,
                                               int width, bool aligned, uint32_t shift = 0) {
-    if (!aligned) return copy_elements(from, stride, rows, width, shift);
+    if (!kPlain && !aligned) return copy_elements(from, stride, rows, width, shift);
     constexpr int kRowsAtOnce = kThreads / kPanelChunks;
     static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
     const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
@@ -51,15 +54,14 @@ struct Tile {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
       const int column = (panel * kPanelChunks + chunk) * kChunk;
-      const int left = width - column;
-      const int bytes =
-          left >= kChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(Element)) : 0;
-      const Element* source = from + first * stride + column;
+      const int left = width - column, size = static_cast<int>(sizeof(Element));
+      const int bytes = kPlain || left >= kChunk ? 16 : left > 0 ? left * size : 0;
+      const int existing = left > 0 ? rows - first : 0;
 #pragma unroll
       for (int row = 0; row < kRows; row += kRowsAtOnce) {
+        const Element* source = from + column + static_cast<int64_t>(first + row) * stride;
         copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
-                      first + row < rows ? bytes : 0);
-        source += kRowsAtOnce * stride;
+                      row < existing ? bytes : 0);
       }
     }
   }
@@ -78,11 +80,11 @@ struct Tile {
   struct Lane {
     uint32_t start, shift;
 
-    // Of A: rows 0 to 7, 8 to 15, then the same of the next chunk. `shift`: bytes between this
-    // tile and the one meant, where several take turns.
-    __device__ __forceinline__ static Lane of_a(uint32_t shift = 0) {
+    // Of A, from `row` on: rows 0 to 7, 8 to 15, then the same of the next chunk. `shift`: bytes
+    // between this tile and the one meant, where several take turns.
+    __device__ __forceinline__ static Lane of_a(int row = 0, uint32_t shift = 0) {
       const int lane = lane_index();
-      return make(lane % 16, lane / 16, shift);
+      return make(row + lane % 16, lane / 16, shift);
     }
     // Of B, two column groups: rows 0 to 7, the same of the next chunk, then rows 8 to 15.
     __device__ __forceinline__ static Lane of_b(uint32_t shift = 0) {
@@ -104,7 +106,7 @@ struct Tile {
 template <typename Element>
 constexpr int kDepth = 32 / static_cast<int>(sizeof(Element));  // 16 or 8 elements
 
-// A (16 x depth) from `row` on.
+// A (16 x depth) from `row` of the lane's on.
 template <typename Tile>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], typename Tile::Lane lane, int row,
                                        int step) {
@@ -153,16 +155,16 @@ __device__ __forceinline__ void accumulators_as_a(const float (&c)[kTiles][4], i
 }
 
 // C (16 kMTiles rows x 8 kNTiles columns) += A B^T, both along the rows of their tiles: queries and
-// keys, say. `row` is the first of A's.
+// keys, say.
 template <typename TileA, typename TileB, int kSteps, int kMTiles, int kNTiles, typename Element>
 __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
-                                              typename TileA::Lane lane_a, int row,
+                                              typename TileA::Lane lane_a,
                                               typename TileB::Lane lane_b, Element element) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, row + 16 * m, step);
+    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, 16 * m, step);
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
       uint32_t b[4];

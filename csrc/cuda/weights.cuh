@@ -46,15 +46,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < count; ++i) {
     const Head head = Head::make(p, batch, first_head + i);
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::copy(at<const Element>(p.query, batch, head.head, first_row), p.query.stride[2],
+    Queries::template copy<false>(at<const Element>(p.query, batch, head.head, first_row), p.query.stride[2],
                   query_length - first_row, head_dim, rows_are_aligned<Element>(p.query));
-    Keys::copy(at<const Element>(p.key, batch, head.key_head, key), p.key.stride[2],
+    Keys::template copy<false>(at<const Element>(p.key, batch, head.key_head, key), p.key.stride[2],
                key_length - key, head_dim, rows_are_aligned<Element>(p.key));
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
     float s[1][kNTiles][4] = {};
-    multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(), warp_row, Keys::Lane::of_b(),
+    multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
                                          Element{});
     Unrolled<1, kNTiles> scores(s);
     for_each_place<false, 1, kNTiles>(place, [&](int row, int column, int number) {
