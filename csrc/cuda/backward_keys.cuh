@@ -1,5 +1,5 @@
-// Backward pass, second part: dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm 2,
-// the column's half of it).
+// Backward pass, second part: dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm
+// 2, the column's half of it).
 //
 // Grid: a block for kKeys keys of one key head. Block: four warps, each with 16 or 32 keys of its
 // own. The block's keys and values stay in shared memory; tiles of queries and output gradients of
@@ -30,14 +30,36 @@ struct KeyGradientShape {
   using Queries = Tile<Element, kRows, kWidth, Values::kEnd>;
   using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
   static constexpr uint32_t kStageBytes = Gradients::kEnd - Values::kEnd;
-  static constexpr uint32_t kRowValues = Values::kEnd + kStages * kStageBytes;
-  static constexpr int kSharedBytes = kRowValues + kRows * sizeof(RowValues);
+  static constexpr uint32_t kTileRows = Values::kEnd + kStages * kStageBytes;
+  // What the rows of a tile bring along; minus their terms lie as a C fragment takes them, each
+  // pair of columns twice.
+  struct TileRows {
+    struct alignas(16) Quad {
+      float items[4];
+    };
+    struct alignas(8) Pair {
+      float items[2];
+    };
+    Quad minus_terms[kRows / 2];
+    Pair lse[kRows / 2], rest[kRows / 2];
+
+    __device__ __forceinline__ void set(int row, const RowValues& values) {
+      lse[row / 2].items[row % 2] = values.lse;
+      if (!kIsHalf<Element>) rest[row / 2].items[row % 2] = values.rest;
+      minus_terms[row / 2].items[row % 2] = minus_terms[row / 2].items[row % 2 + 2] = -values.term;
+    }
+    __device__ __forceinline__ RowValues get(int row) const {
+      return {lse[row / 2].items[row % 2], kIsHalf<Element> ? 0.0f : rest[row / 2].items[row % 2],
+              -minus_terms[row / 2].items[row % 2]};
+    }
+  };
+  static constexpr int kSharedBytes = kTileRows + sizeof(TileRows);
 };
 
 // One key's dK and dV by a whole warp, pair by pair.
 template <typename Element, int kWidth>
-__device__ __attribute__((noinline)) void careful_key(const Problem& p, const BackwardArguments& to, int batch,
-                                         int key_head, int key) {
+__device__ __attribute__((noinline)) void careful_key(const Problem& p, const BackwardArguments& to,
+                                                      int batch, int key_head, int key) {
   constexpr int kColumns = (kWidth + 31) / 32;
   const int group = static_cast<int>(p.query_heads / p.key_heads);
   const View none{};
@@ -55,7 +77,8 @@ __device__ __attribute__((noinline)) void careful_key(const Problem& p, const Ba
         const int d = lane_index() + 32 * column;
         if (d < p.head_dim) dk[column] += pair.of_product * to_float(q[d]);
         if (to.dout && d < p.value_dim) {
-          dv[column] += pair.weight * to_float(*at<const Element>(to.dout, batch, head.head, row, d));
+          dv[column] +=
+              pair.weight * to_float(*at<const Element>(to.dout, batch, head.head, row, d));
         }
       }
     }
@@ -90,8 +113,8 @@ __device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_k
   order.count = max((end + kRows - 1) / kRows - order.first, 0);
   order.full_first = (full_first + kRows - 1) / kRows;
   // The last rows may be fewer than a tile has: those that do not exist have a weight of 0.
-  const int full_tiles = full_end == p.query_length ? (full_end + kRows - 1) / kRows
-                                                    : full_end / kRows;
+  const int full_tiles =
+      full_end == p.query_length ? (full_end + kRows - 1) / kRows : full_end / kRows;
   const int full = all_edges || last_key >= p.key_length ? 0 : full_tiles - order.full_first;
   order.edges = order.count - max(full, 0);
   return order;
@@ -113,10 +136,10 @@ __global__ void __launch_bounds__(kThreads)
   const int key_length = static_cast<int>(p.key_length);
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const int blocks = (key_length + Shape::kKeys - 1) / Shape::kKeys;
-  const int index = static_cast<int>(blockIdx.x) / blocks;
+  const int pair = static_cast<int>(blockIdx.x) / blocks;
   const int block = static_cast<int>(blockIdx.x) % blocks;
   const int key_heads = static_cast<int>(p.key_heads);
-  const int batch = index / key_heads, key_head = index % key_heads;
+  const int batch = pair / key_heads, key_head = pair % key_heads;
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
   const int keys = min(Shape::kKeys, key_length - first_key);
@@ -124,48 +147,12 @@ __global__ void __launch_bounds__(kThreads)
       order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
-  const bool queries_aligned = !kGeneral || rows_are_aligned<Element>(p.query);
-  const bool gradients_aligned = !kGeneral || rows_are_aligned<Element>(to.dout);
-  Keys::template copy<!kGeneral>(at<const Element>(p.key, batch, key_head, first_key), row_stride<kGeneral>(p.key), keys, head_dim,
-             !kGeneral || rows_are_aligned<Element>(p.key));
+  constexpr bool kPlain = !kGeneral;
+  Keys::copy(source_of<Keys, kPlain>(p.key, batch, key_head, p.key_length, p.head_dim), first_key);
   if (!weights_only) {
-    Values::template copy<!kGeneral>(at<const Element>(p.value, batch, key_head, first_key), row_stride<kGeneral>(p.value), keys,
-                 value_dim, !kGeneral || rows_are_aligned<Element>(p.value));
+    Values::copy(source_of<Values, kPlain>(p.value, batch, key_head, p.key_length, p.value_dim),
+                 first_key);
   }
-
-  // What comes next: the heads' tiles at an edge, then, head by head again, the others.
-  struct Step {
-    int head, number, end;
-  };
-  const auto first_step = [&] {
-    return order.edges > 0 ? Step{0, 0, order.edges} : Step{0, 0, order.count};
-  };
-  const auto next_step = [&](Step step) {
-    if (++step.number < step.end) return step;
-    step.number = step.end == order.edges ? 0 : order.edges;
-    if (++step.head < group) return step;
-    return Step{step.end == order.count ? group : 0, order.edges, order.count};
-  };
-  const auto is_last = [&](const Step& step) {
-    return step.head >= group || step.number >= order.count;
-  };
-  RowValues ahead{};  // of one of the next tile's rows
-  const auto copy_rows = [&](const Step& step, uint32_t stage) {
-    const Head head = Head::make(p, batch, key_head * group + step.head);
-    const int row = order.tile(step.number) * kRows;
-    Queries::template copy<!kGeneral>(at<const Element>(p.query, batch, head.head, row), row_stride<kGeneral>(p.query),
-                  query_length - row, head_dim, queries_aligned, stage);
-    const View none{};
-    if (!weights_only) {
-      Gradients::template copy<!kGeneral>(at<const Element>(to.dout, batch, head.head, row), row_stride<kGeneral>(to.dout),
-                      query_length - row, value_dim, gradients_aligned, stage);
-    }
-    commit_copies();
-    if (static_cast<int>(threadIdx.x) < kRows) {
-      ahead = RowValues::load<Element>(p, to.lse, weights_only ? none : to.row_term, head,
-                                       row + static_cast<int>(threadIdx.x));
-    }
-  };
 
   const int warp_key = warp_index() * 16 * kMTiles;
   const auto lane_k = Keys::Lane::of_a(warp_key);
@@ -173,60 +160,74 @@ __global__ void __launch_bounds__(kThreads)
   float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
   float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
   uint32_t stage = 0;
-  auto* const row_values = reinterpret_cast<RowValues*>(shared_pointer(Shape::kRowValues));
+  auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
+  const int thread = static_cast<int>(threadIdx.x);
 
-  const auto visit = [&](const Step& step, const Step& next, auto edge) {
-    const Head head = Head::make(p, batch, key_head * group + step.head);
-    const int row = order.tile(step.number) * kRows;
-    if (static_cast<int>(threadIdx.x) < kRows) {
-      row_values[threadIdx.x] = ahead;
-    }
-    wait_for_copies<0>();
-    synchronize_block();  // this tile is here; with two stages, the other's is read no more
-    const auto lane_q = Queries::Lane::of_b(stage);
-    const auto lane_q_by_row = Queries::Lane::of_a(0, stage);
-    const auto lane_do = Gradients::Lane::of_b(stage);
-    const auto lane_do_by_row = Gradients::Lane::of_a(0, stage);
-    if (kStages == 2) {
-      stage ^= Shape::kStageBytes;
-      if (!is_last(next)) copy_rows(next, stage);
-    }
-    float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4];
-    const auto values_of = [&](int, int n, int i) {
-      return row_values[8 * n + lane_index() % 4 * 2 + i % 2];
+  for (int i = 0; i < group; ++i) {
+    const Head head = Head::make(p, batch, key_head * group + i);
+    const auto queries =
+        source_of<Queries, kPlain>(p.query, batch, head.head, p.query_length, p.head_dim);
+    const auto douts =
+        source_of<Gradients, kPlain>(to.dout, batch, head.head, p.query_length, p.value_dim);
+    // LSE and term of row `thread` of a tile.
+    const float* lse = kept(at<const float>(to.lse, batch, head.head, thread));
+    const float* terms = kept(at<const float>(to.row_term, batch, head.head, thread));
+    RowValues ahead{};  // of the next tile's row of this thread
+    const auto copy_rows = [&](int row, uint32_t to_stage) {
+      Queries::copy(queries, row, to_stage);
+      if (!weights_only) Gradients::copy(douts, row, to_stage);
+      commit_copies();
+      ahead = {kInfinity, 0, 0};
+      if (thread >= kRows || row + thread >= query_length) return;
+      ahead = RowValues::make<Element>(
+          lse[row * static_cast<int>(to.lse.stride[2])],
+          weights_only ? 0.0f : terms[row * static_cast<int>(to.row_term.stride[2])]);
     };
-    start_gradients<!kGeneral>(dp, values_of);
-    multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
-    if (!weights_only) {
-      multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
-    }
-    const auto place = Place<true>::of_lane(row, first_key + warp_key);
-    if constexpr (kGeneral) {
-      general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
-                                          [&](int i) { return row_values[i - row]; });
-    } else {
-      plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
-    }
-    if constexpr (kWantsValues) {
-      if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});
-    }
-    if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row, Element{});
-    synchronize_block();  // nobody reads this tile or its row values any more
-    if (kStages == 1 && !is_last(next)) copy_rows(next, 0);
-  };
-  if (order.count > 0) {
-    Step step = first_step();
-    copy_rows(step, 0);
-    while (!is_last(step) && step.number < order.edges) {
-      const Step next = next_step(step);
-      visit(step, next, std::true_type{});
-      step = next;
+
+    const auto visit = [&](int row, int next, auto edge) {
+      if (thread < kRows) tile_rows.set(thread, ahead);
+      wait_for_copies<0>();
+      synchronize_block();  // this tile is here; with two stages, the other's is read no more
+      const auto lane_q = Queries::Lane::of_b(stage);
+      const auto lane_q_by_row = Queries::Lane::of_a(0, stage);
+      const auto lane_do = Gradients::Lane::of_b(stage);
+      const auto lane_do_by_row = Gradients::Lane::of_a(0, stage);
+      if (kStages == 2) {
+        stage ^= Shape::kStageBytes;
+        if (next >= 0) copy_rows(next, stage);
+      }
+      float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4];
+      const auto values_of = [&](int, int n, int j) {
+        return tile_rows.get(8 * n + lane_index() % 4 * 2 + j % 2);
+      };
+      start_gradients<kPlain>(dp, values_of);
+      multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
+      if (!weights_only) {
+        multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
+      }
+      const auto place = Place<true>::of_lane(row, first_key + warp_key);
+      if constexpr (kGeneral) {
+        general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
+                                            [&](int of) { return tile_rows.get(of - row); });
+      } else {
+        plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
+      }
+      if constexpr (kWantsValues) {
+        if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});
+      }
+      if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row, Element{});
+      synchronize_block();  // nobody reads this tile or its row values any more
+      if (kStages == 1 && next >= 0) copy_rows(next, 0);
+    };
+    if (order.count > 0) copy_rows(order.tile(0) * kRows, stage);
+    for (int index = 0; index < order.edges; ++index) {
+      const int next = index + 1 < order.count ? order.tile(index + 1) * kRows : -1;
+      visit(order.tile(index) * kRows, next, std::true_type{});
     }
     if constexpr (!kGeneral) {
-      while (!is_last(step)) {
-        const Step next = next_step(step);
-        visit(step, next, std::false_type{});
-        step = next;
+      const int last = (order.full_first + order.count - order.edges - 1) * kRows;
+      for (int row = order.full_first * kRows; row <= last; row += kRows) {
+        visit(row, row < last ? row + kRows : -1, std::false_type{});
       }
     }
   }

@@ -54,13 +54,14 @@ struct QueryGradientShape {
 
 // One row of dQ by a whole warp, pair by pair: a hidden key that is not finite is never touched.
 template <typename Element, int kWidth>
-__device__ __attribute__((noinline)) void careful_query(const Problem& p, const BackwardArguments& to,
-                                           const Head& head, int row) {
+__device__ __attribute__((noinline)) void careful_query(const Problem& p,
+                                                        const BackwardArguments& to,
+                                                        const Head& head, int row) {
   constexpr int kColumns = (kWidth + 31) / 32;
   const Visible visible = Visible::of_row(p, row);
   const View none{};
-  const RowValues values = RowValues::load<Element>(
-      p, to.lse, to.dweights ? none : to.row_term, head, row);
+  const RowValues values =
+      RowValues::load<Element>(p, to.lse, to.dweights ? none : to.row_term, head, row);
   float sum[kColumns] = {};
   for (int key = visible.begin; key < visible.end; ++key) {
     const PairGradient pair = careful_pair<Element>(p, to, head, row, key, values);
@@ -107,23 +108,19 @@ __global__ void __launch_bounds__(kThreads)
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
-  const Element* keys = at<const Element>(p.key, head.batch, head.key_head, 0);
-  const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
-  const bool keys_aligned = !kGeneral || rows_are_aligned<Element>(p.key);
-  const bool values_aligned = !kGeneral || rows_are_aligned<Element>(p.value);
-  const auto copy_keys = [&](int key) {
-    Keys::template copy<!kGeneral>(keys + static_cast<int64_t>(key) * row_stride<kGeneral>(p.key), row_stride<kGeneral>(p.key), key_length - key, head_dim,
-               keys_aligned);
-    commit_copies();
-  };
-  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row), row_stride<kGeneral>(p.query),
-                rows, head_dim, !kGeneral || rows_are_aligned<Element>(p.query));
-  if (!weights_only) {
-    Gradients::template copy<!kGeneral>(at<const Element>(to.dout, head.batch, head.head, first_row),
-                    row_stride<kGeneral>(to.dout), rows, value_dim,
-                    !kGeneral || rows_are_aligned<Element>(to.dout));
-  }
-  if (order.count > 0) copy_keys(order.tile(0) * kKeys);
+  constexpr bool kPlain = !kGeneral;
+  const auto queries =
+      source_of<Queries, kPlain>(p.query, head.batch, head.head, p.query_length, p.head_dim);
+  const auto douts =
+      source_of<Gradients, kPlain>(to.dout, head.batch, head.head, p.query_length, p.value_dim);
+  const auto keys =
+      source_of<Keys, kPlain>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
+  const auto values =
+      source_of<Values, kPlain>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
+  Queries::copy(queries, first_row);
+  if (!weights_only) Gradients::copy(douts, first_row);
+  if (order.count > 0) Keys::copy(keys, order.tile(0) * kKeys);
+  commit_copies();
 
   const int g = lane_index() / 4, warp_row = warp_index() * 16 * kMTiles;
   const auto lane_q = Queries::Lane::of_a(warp_row);
@@ -148,11 +145,8 @@ __global__ void __launch_bounds__(kThreads)
     start_gradients<!kGeneral>(dp, values_of);
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    if (!weights_only) {
-      Values::template copy<!kGeneral>(values + static_cast<int64_t>(key) * row_stride<kGeneral>(p.value), row_stride<kGeneral>(p.value), key_length - key,
-                   value_dim, values_aligned);
-      commit_copies();
-    }
+    if (!weights_only) Values::copy(values, key);
+    commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here
@@ -172,7 +166,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     multiply_accumulators<Keys>(dq, dp, lane_k_by_row, Element{});
     synchronize_block();  // nobody reads the keys any more
-    if (next >= 0) copy_keys(next);
+    if (next >= 0) Keys::copy(keys, next);
+    commit_copies();
   };
   for (int index = 0; index < order.edges; ++index) {
     const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;

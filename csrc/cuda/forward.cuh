@@ -63,8 +63,8 @@ struct Softmax {
   float max[kMTiles][2], sum[kMTiles][2];
 };
 
-// Scores become weights. The output so far is rescaled, unless no row's maximum grew. `factor` takes
-// scores to units of log2.
+// Scores become weights. The output so far is rescaled, unless no row's maximum grew. `factor`
+// takes scores to units of log2.
 template <int kMTiles, int kNTiles, int kOutTiles>
 __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
                                                Softmax<kMTiles>& softmax,
@@ -136,8 +136,7 @@ __device__ __forceinline__ void hide_by_position(const Problem& p, Place<false> 
 // Products become scores in units of log2. Rows beyond the last are given the last one's.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void finish_scores(const Problem& p, const Head& head,
-                                              Place<false> place,
-                                              float (&s)[kMTiles][kNTiles][4]) {
+                                              Place<false> place, float (&s)[kMTiles][kNTiles][4]) {
   const int last = static_cast<int>(p.query_length) - 1;
   Unrolled<kMTiles, kNTiles> scores(s);
   for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
@@ -167,7 +166,7 @@ __device__ __forceinline__ float lse_of(float max, float sum) {
 // One row by a whole warp, key by key, so that hidden values are never touched.
 template <typename Element, int kWidth>
 __device__ __attribute__((noinline)) void careful_row(const Problem& p, const ForwardArguments& to,
-                                         const Head& head, int row) {
+                                                      const Head& head, int row) {
   constexpr int kColumns = (kWidth + 31) / 32;
   const int lane = lane_index();
   const Element* query = at<const Element>(p.query, head.batch, head.head, row);
@@ -245,8 +244,8 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
 
 // Calls redo(row) by the whole warp for every row that is not finite; `base` is the warp's first.
 template <int kMTiles, int kNTiles, typename Redo>
-__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base,
-                                          int rows, Redo redo) {
+__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
+                                          Redo redo) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -281,22 +280,20 @@ __global__ void __launch_bounds__(kThreads)
   const int rows = min(Shape::kRows, query_length - first_row);
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
 
-  const Element* keys = at<const Element>(p.key, head.batch, head.key_head, 0);
-  const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
-  const bool keys_aligned = !kGeneral || rows_are_aligned<Element>(p.key);
-  const bool values_aligned = !kGeneral || rows_are_aligned<Element>(p.value);
-  const auto copy_keys = [&](int key) {
-    Keys::template copy<!kGeneral>(keys + static_cast<int64_t>(key) * row_stride<kGeneral>(p.key), row_stride<kGeneral>(p.key),
-                                   key_length - key, static_cast<int>(p.head_dim), keys_aligned);
-    commit_copies();
-  };
-  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row),
-                                    row_stride<kGeneral>(p.query), rows, static_cast<int>(p.head_dim),
-                !kGeneral || rows_are_aligned<Element>(p.query));
-  if (order.count > 0) copy_keys(order.tile(0) * kKeys);
+  constexpr bool kPlain = !kGeneral;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const auto queries =
+      source_of<Queries, kPlain>(p.query, head.batch, head.head, p.query_length, p.head_dim);
+  const auto keys =
+      source_of<Keys, kPlain>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
+  const auto values =
+      source_of<Values, kPlain>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
+  Queries::copy(queries, first_row);
+  if (order.count > 0) Keys::copy(keys, order.tile(0) * kKeys);
+  commit_copies();
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
-  const auto lane_q = Queries::Lane::of_a(warp_row);
+  const auto lane_q = Queries::Lane::of_a(0, warp_row * Queries::kRowBytes);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_a();
   // The general kernel's scores are in units of log2 already.
@@ -318,13 +315,13 @@ __global__ void __launch_bounds__(kThreads)
     float s[kMTiles][kKeys / 8][4] = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    Values::template copy<!kGeneral>(values + static_cast<int64_t>(key) * row_stride<kGeneral>(p.value), row_stride<kGeneral>(p.value),
-                                     key_length - key, static_cast<int>(p.value_dim), values_aligned);
+    Values::copy(values, key);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
-    if (next >= 0) copy_keys(next);
+    if (next >= 0) Keys::copy(keys, next);
+    commit_copies();
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
       finish_scores(p, head, place, s);
@@ -356,14 +353,14 @@ __global__ void __launch_bounds__(kThreads)
       const int row = first_row + warp_row + 16 * m + 8 * half + g;
       if (row >= query_length) continue;
       const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-      write_row(at<Element>(to.out, head.batch, head.head, row), static_cast<int>(p.value_dim),
-                half, inverse, out[m], !kGeneral);
+      write_row(at<Element>(to.out, head.batch, head.head, row), value_dim, half, inverse, out[m],
+                !kGeneral);
       if (to.lse && t == 0) {
-        *at<float>(to.lse, head.batch, head.head, row) =
-            lse_of(softmax.max[m][half] * factor, sum);
+        *at<float>(to.lse, head.batch, head.head, row) = lse_of(softmax.max[m][half] * factor, sum);
       }
     }
   }
+  wait_for_copies<0>();
   redo_rows(out, first_row + warp_row, query_length,
             [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
 }

@@ -11,19 +11,22 @@ namespace attn_ext::cuda {
 struct alignas(16) RowValues {
   float lse, rest, term;
 
+  // Of a natural LSE.
+  template <typename Element>
+  __device__ __forceinline__ static RowValues make(float lse, float term) {
+    RowValues values{lse == -kInfinity ? kInfinity : lse * kLog2E, 0, term};
+    if (!kIsHalf<Element> && values.lse - values.lse == 0) {
+      constexpr double kExactLog2E = 1.4426950408889634074;
+      values.rest = static_cast<float>(lse * kExactLog2E - values.lse);
+    }
+    return values;
+  }
   template <typename Element>
   __device__ __forceinline__ static RowValues load(const Problem& p, const View& lse,
                                                    const View& term, const Head& head, int row) {
-    RowValues values{kInfinity, 0, 0};
-    if (row >= static_cast<int>(p.query_length)) return values;
-    const float given = *at<const float>(lse, head.batch, head.head, row);
-    if (given != -kInfinity) values.lse = given * kLog2E;
-    if (!kIsHalf<Element> && values.lse - values.lse == 0) {
-      constexpr double kExactLog2E = 1.4426950408889634074;
-      values.rest = static_cast<float>(given * kExactLog2E - values.lse);
-    }
-    if (term) values.term = *at<const float>(term, head.batch, head.head, row);
-    return values;
+    if (row >= static_cast<int>(p.query_length)) return {kInfinity, 0, 0};
+    return make<Element>(*at<const float>(lse, head.batch, head.head, row),
+                         term ? *at<const float>(term, head.batch, head.head, row) : 0.0f);
   }
 };
 
@@ -100,8 +103,8 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
   gradients.copy_to(dp);
 }
 
-// The same by one multiply-add, where the product alone makes the score, and dP started at minus the
-// row terms. `values_of` gives the RowValues of (m, n, i).
+// The same by one multiply-add, where the product alone makes the score, and dP started at minus
+// the row terms. `values_of` gives the RowValues of (m, n, i).
 template <typename Element, bool kEdge, bool kTransposed, int kMTiles, int kNTiles, typename Values>
 __device__ __forceinline__ void plain_gradients(const Problem& p, const Head& head,
                                                 Place<kTransposed> place,

@@ -79,7 +79,7 @@ void with_width(const Problem& p, Call call) {
 }
 
 // Whether a score is its product times a positive factor, or hidden by position; and whether all
-// of these rows lie on 16 bytes, are a whole number of them, and less than 2^31 elements apart. Only
+// of these rows lie on 16 bytes, are a whole number of them, and less than 2^31 bytes apart. Only
 // halves have plain kernels.
 template <typename Element, typename... Views>
 bool is_plain(const Problem& p, const Views&... views) {
@@ -87,7 +87,7 @@ bool is_plain(const Problem& p, const Views&... views) {
   const bool whole = (p.head_dim | p.value_dim) % (16 / static_cast<int>(sizeof(Element))) == 0;
   const auto suits = [](const View& view) {
     return rows_are_aligned<Element>(view) &&
-           view.stride[2] <= std::numeric_limits<int32_t>::max();
+           view.stride[2] <= std::numeric_limits<int32_t>::max() / 2;
   };
   return kIsHalf<Element> && simple && whole && !p.alibi_slopes && !p.mask && !p.key_mask &&
          (suits(views) && ...);

@@ -29,7 +29,8 @@ struct Span {
   int first, end, step;
 
   __device__ __forceinline__ static Span make(bool broadcasts, int block, int size, int step) {
-    return broadcasts ? Span{0, size, step} : Span{block * step, min(size, (block + 1) * step), step};
+    return broadcasts ? Span{0, size, step}
+                      : Span{block * step, min(size, (block + 1) * step), step};
   }
 };
 
@@ -52,14 +53,12 @@ __global__ void __launch_bounds__(kThreads)
   const int row_blocks = blocks_of(2, p.query_length, Shape::kRows);
   const int head_blocks = blocks_of(1, p.query_heads, 1);
   int index = static_cast<int>(blockIdx.x);
-  const Span keys =
-      Span::make(mask.stride[3] == 0, index % key_blocks, key_length, Shape::kKeys);
+  const Span keys = Span::make(mask.stride[3] == 0, index % key_blocks, key_length, Shape::kKeys);
   index /= key_blocks;
-  const Span rows =
-      Span::make(mask.stride[2] == 0, index % row_blocks, query_length, Shape::kRows);
+  const Span rows = Span::make(mask.stride[2] == 0, index % row_blocks, query_length, Shape::kRows);
   index /= row_blocks;
-  const Span heads = Span::make(mask.stride[1] == 0, index % head_blocks,
-                                static_cast<int>(p.query_heads), 1);
+  const Span heads =
+      Span::make(mask.stride[1] == 0, index % head_blocks, static_cast<int>(p.query_heads), 1);
   const Span batches =
       Span::make(mask.stride[0] == 0, index / head_blocks, static_cast<int>(p.batch), 1);
 
@@ -69,10 +68,10 @@ __global__ void __launch_bounds__(kThreads)
     const auto place = Place<false>::of_lane(row + warp_row, key);
     float s[1][kNTiles][4] = {}, dp[1][kNTiles][4] = {};
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::template copy<false>(at<const Element>(p.query, head.batch, head.head, row), p.query.stride[2],
-                  query_length - row, head_dim, rows_are_aligned<Element>(p.query));
-    Keys::template copy<false>(at<const Element>(p.key, head.batch, head.key_head, key), p.key.stride[2],
-               key_length - key, head_dim, rows_are_aligned<Element>(p.key));
+    Queries::copy(
+        source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim), row);
+    Keys::copy(source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim),
+               key);
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
@@ -80,15 +79,17 @@ __global__ void __launch_bounds__(kThreads)
                                          Element{});
     if (to.dout) {
       synchronize_block();
-      Queries::template copy<false>(at<const Element>(to.dout, head.batch, head.head, row), to.dout.stride[2],
-                    query_length - row, value_dim, rows_are_aligned<Element>(to.dout));
-      Keys::template copy<false>(at<const Element>(p.value, head.batch, head.key_head, key), p.value.stride[2],
-                 key_length - key, value_dim, rows_are_aligned<Element>(p.value));
+      Queries::copy(
+          source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim),
+          row);
+      Keys::copy(
+          source_of<Keys, false>(p.value, head.batch, head.key_head, p.key_length, p.value_dim),
+          key);
       commit_copies();
       wait_for_copies<0>();
       synchronize_block();
-      multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(warp_row),
-                                           Keys::Lane::of_b(), Element{});
+      multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
+                                           Element{});
     }
     const View none{};
     const auto of_row = [&](int i) {

@@ -24,8 +24,12 @@ struct Visible {
   __device__ __forceinline__ static Visible of_row(const Problem& p, int row) {
     const int64_t diagonal = row + p.diagonal, last = p.key_length;
     const int64_t begin = diagonal - p.left, end = diagonal + p.right + 1;
-    return {static_cast<int>(begin < 0 ? 0 : begin < last ? begin : last),
-            static_cast<int>(end < 0 ? 0 : end < last ? end : last)};
+    return {static_cast<int>(begin < 0      ? 0
+                             : begin < last ? begin
+                                            : last),
+            static_cast<int>(end < 0      ? 0
+                             : end < last ? end
+                                          : last)};
   }
 };
 
@@ -43,8 +47,8 @@ struct Head {
 // An entry of a mask in units of log2, -inf where it forbids.
 __device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t h, int64_t row,
                                             int64_t column) {
-  const int64_t index = b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] +
-                        column * mask.stride[3];
+  const int64_t index =
+      b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] + column * mask.stride[3];
   switch (mask.dtype) {
     case DType::kBool:
       return static_cast<const uint8_t*>(mask.data)[index] ? 0.0f : -kInfinity;
@@ -86,7 +90,7 @@ __device__ inline float score_of(const Problem& p, const Head& head, Visible vis
 }
 
 // 1 / (1 - dropout_p) where the weight is kept, else 0.
-__device__ __forceinline__ float kept(const Problem& p, uint32_t word) {
+__device__ __forceinline__ float factor_of(const Problem& p, uint32_t word) {
   return word >= p.dropout_threshold ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
 }
 
@@ -106,7 +110,7 @@ __device__ __forceinline__ void random_words(const Problem& p, const Head& head,
 __device__ inline float keep_factor(const Problem& p, const Head& head, int row, int key) {
   uint32_t words[4];
   random_words(p, head, row, key, words);
-  return kept(p, words[(p.key_start + key) & 3]);
+  return factor_of(p, words[(p.key_start + key) & 3]);
 }
 
 // Where a lane's accumulators lie: tile (m, n), element i of a C fragment. Rows of C are rows of
@@ -157,16 +161,6 @@ struct Unrolled {
   }
 };
 
-// The distance between rows as the kernels count it: the plain ones' fits an int.
-template <bool kGeneral>
-__device__ __forceinline__ auto row_stride(const View& view) {
-  if constexpr (kGeneral) {
-    return view.stride[2];
-  } else {
-    return static_cast<int>(view.stride[2]);
-  }
-}
-
 // Whether every row of a tensor starts on 16 bytes.
 template <typename Element>
 __host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {
@@ -174,6 +168,16 @@ __host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {
   const auto address = reinterpret_cast<uintptr_t>(view.data);
   return ((strides * static_cast<int64_t>(sizeof(Element)) | static_cast<int64_t>(address)) & 15) ==
          0;
+}
+
+// The rows of one head as a source of tiles.
+template <typename Tile, bool kPlain>
+__device__ __forceinline__ auto source_of(const View& view, int batch, int head, int64_t rows,
+                                          int64_t width) {
+  using Element = typename Tile::Item;
+  return Tile::template Source<kPlain>::make(
+      at<const Element>(view, batch, head, 0), view.stride[2], static_cast<int>(rows),
+      static_cast<int>(width), rows_are_aligned<Element>(view));
 }
 
 }  // namespace attn_ext::cuda

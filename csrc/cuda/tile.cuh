@@ -17,6 +17,7 @@ constexpr int kThreads = 32 * kWarps;
 // kRows rows of kWidth elements at byte `kStart` of shared memory.
 template <typename Element, int kRows, int kWidth, uint32_t kStart>
 struct Tile {
+  using Item = Element;
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(Element));
   static constexpr int kChunks = kWidth / kChunk;
   static constexpr int kPanelChunks = kChunks % 8 == 0 ? 8 : 4;
@@ -38,35 +39,61 @@ struct Tile {
            column % kChunk * static_cast<uint32_t>(sizeof(Element));
   }
 
-  // Rows [0, rows) of `width` elements from global memory; zeros beyond. kPlain: every row starts on
-  // 16 bytes and is a whole number of chunks; its stride is an int, so that an address is one
-  // multiply-add. Else `aligned` says whether rows start so, without which elements are copied one by
-  // one and at once. `shift`: as Lane's.
-  template <bool kPlain, typename Stride>
-  __device__ __forceinline__ static void copy(const Element* from, Stride stride, int rows,
-                                              int width, bool aligned, uint32_t shift = 0) {
-    if (!kPlain && !aligned) return copy_elements(from, stride, rows, width, shift);
-    constexpr int kRowsAtOnce = kThreads / kPanelChunks;
+  // Where tiles come from: `rows` rows of `width` elements in global memory. kPlain: every row
+  // starts on 16 bytes and is a whole number of chunks, and rows are less than 2^31 bytes apart, so
+  // that an address is one multiply-add. Else `aligned` says whether rows start so.
+  template <bool kPlain>
+  struct Source {
+    const Element* start;
+    int64_t stride;
+    int rows, width;
+    bool aligned;
+    const char* own;  // what this thread copies of a tile's first rows
+
+    __device__ __forceinline__ static Source make(const Element* start, int64_t stride, int rows,
+                                                  int width, bool aligned) {
+      const char* own = reinterpret_cast<const char*>(start + own_row() * stride);
+      return {start, stride, rows, width, kPlain || aligned, kept(own + 16 * own_chunk())};
+    }
+  };
+  __device__ __forceinline__ static int own_chunk() {
+    return static_cast<int>(threadIdx.x) % kPanelChunks;
+  }
+  __device__ __forceinline__ static int own_row() {
+    return static_cast<int>(threadIdx.x) / kPanelChunks;
+  }
+
+  // Rows of the source from `first` on; zeros beyond its last row and its width. What is not
+  // aligned goes element by element and at once. `shift`: as Lane's.
+  template <bool kPlain>
+  __device__ __forceinline__ static void copy(const Source<kPlain>& source, int first,
+                                              uint32_t shift = 0) {
+    constexpr int kRowsAtOnce = kThreads / kPanelChunks, kSize = static_cast<int>(sizeof(Element));
     static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
-    const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
-    const int first = static_cast<int>(threadIdx.x) / kPanelChunks;
-    const uint32_t to = kStart + shift + first * kRowBytes + 16 * exchanged(first, chunk);
+    if (!kPlain && !source.aligned) {
+      return copy_elements(source.start + first * source.stride, source.stride, source.rows - first,
+                           source.width, shift);
+    }
+    using Stride = std::conditional_t<kPlain, int, int64_t>;
+    const Stride stride = static_cast<Stride>(source.stride) * kSize;
+    const uint32_t to =
+        kStart + shift + own_row() * kRowBytes + 16 * exchanged(own_row(), own_chunk());
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      const int column = (panel * kPanelChunks + chunk) * kChunk;
-      const int left = width - column, size = static_cast<int>(sizeof(Element));
-      const int bytes = kPlain || left >= kChunk ? 16 : left > 0 ? left * size : 0;
-      const int existing = left > 0 ? rows - first : 0;
+      const int left = source.width - (panel * kPanelChunks + own_chunk()) * kChunk;
+      const int bytes = kPlain || left >= kChunk ? 16 : left > 0 ? left * kSize : 0;
+      const int existing = left > 0 ? source.rows - own_row() - first : 0;
 #pragma unroll
       for (int row = 0; row < kRows; row += kRowsAtOnce) {
-        const Element* source = from + column + static_cast<int64_t>(first + row) * stride;
-        copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
+        const char* from = source.own + static_cast<int64_t>(first + row) * stride;
+        copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, from + 16 * panel * kPanelChunks,
                       row < existing ? bytes : 0);
       }
     }
   }
-  __device__ __attribute__((noinline)) static void copy_elements(const Element* from, int64_t stride, int rows,
-                                                    int width, uint32_t shift) {
+  __device__ __attribute__((noinline)) static void copy_elements(const Element* from,
+                                                                 int64_t stride, int rows,
+                                                                 int width, uint32_t shift) {
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
       const int row = i / kWidth, column = i % kWidth;
       Element x{};
@@ -132,7 +159,8 @@ __device__ __forceinline__ void load_b_by_row(uint32_t (&b)[4], typename Tile::L
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t from = Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g) + lane.shift;
+      const uint32_t from =
+          Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g) + lane.shift;
       b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(from));
     }
   }

@@ -1,10 +1,9 @@
 // The attention weights themselves, from the LSE: P = dropout(exp(S - lse)), per head or averaged
 // over heads, in one pass that never holds (B, Hq, Lq, Lk) if averaged.
 //
-// Grid: a block for kRows queries by kKeys keys of one head, or of all heads of a batch, whose tiles
-// it sums before it writes them. Block: four warps of 16 rows. Shared memory: a tile of queries and
-// one of keys.
-// Tested against backends/reference.py in tests/test_contract.py.
+// Grid: a block for kRows queries by kKeys keys of one head, or of all heads of a batch, whose
+// tiles it sums before it writes them. Block: four warps of 16 rows. Shared memory: a tile of
+// queries and one of keys. Tested against backends/reference.py in tests/test_contract.py.
 #pragma once
 
 #include "gradients.cuh"
@@ -46,10 +45,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < count; ++i) {
     const Head head = Head::make(p, batch, first_head + i);
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::template copy<false>(at<const Element>(p.query, batch, head.head, first_row), p.query.stride[2],
-                  query_length - first_row, head_dim, rows_are_aligned<Element>(p.query));
-    Keys::template copy<false>(at<const Element>(p.key, batch, head.key_head, key), p.key.stride[2],
-               key_length - key, head_dim, rows_are_aligned<Element>(p.key));
+    Queries::copy(
+        source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim),
+        first_row);
+    Keys::copy(source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim),
+               key);
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
       float slope, weight = 0;
       if (row < query_length) {
         const RowValues values = RowValues::load<Element>(p, to.lse, View{}, head, row);
-        const float score = score_of(p, head, Visible::of_row(p, row), row, column,
-                                     scores.items[number], &slope);
+        const float score =
+            score_of(p, head, Visible::of_row(p, row), row, column, scores.items[number], &slope);
         if (score != -kInfinity) weight = exp2(score - values.lse - values.rest);
         if (p.dropout_p > 0) weight *= keep_factor(p, head, row, column);
       }
