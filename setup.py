@@ -17,6 +17,7 @@ HEADERS = [
     "csrc/cpu/headers.h",
     "csrc/cpu/instruction_set.h",
     "csrc/cpu/kernels.h",
+    "csrc/cpu/linear.h",
     "csrc/cpu/matmul.h",
     "csrc/cpu/matmul_amx.h",
     "csrc/cpu/scores.h",

@@ -64,4 +64,13 @@ struct WeightsArguments {
   bool average;
 };
 
+// out (rows, columns) = input (rows, depth) weight (columns, depth)^T + bias (columns); all float32
+// and contiguous, depth a multiple of 16.
+struct LinearArguments {
+  int64_t rows, columns, depth;
+  const float *input, *weight;
+  const float* bias;  // or null
+  float* out;
+};
+
 }  // namespace attn_ext

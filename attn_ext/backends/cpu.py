@@ -123,6 +123,18 @@ def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
     return result.squeeze(1) if average else result
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input (..., K) @ weight (N, K)^T + bias (N), contiguous float32; made for few rows.
+
+    K must be a multiple of 16, and not 0. Nothing is checked and there is no derivative.
+    """
+    columns, depth = weight.shape
+    out = torch.empty(*input.shape[:-1], columns, dtype=torch.float32)
+    index, rows = _CAPABILITIES.index(capability), input.numel() // depth
+    _cpu.linear(index, num_threads(), rows, input, weight, bias, out)
+    return out
+
+
 def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
