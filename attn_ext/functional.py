@@ -119,7 +119,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend, return_lse)
+    out, lse = ops.attention(problem, backend, return_lse, for_weights=False)
     return (out, lse) if return_lse else out
 
 
