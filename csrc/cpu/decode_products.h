@@ -133,13 +133,15 @@ inline __attribute__((always_inline)) void multiply_keys(const Stream<T>& keys, 
 // scores[r][key] = q_r k, for as many keys at a time as give, with their rows, a vector of scores.
 template <int kShared, typename T, typename Real>
 void dot_products(const Stream<T>& keys, int64_t rows, const Real* queries, Real* scores) {
-  constexpr int kBlock = kLanes<Real> / kShared, kCount = std::min(4, kBlock);
+  // More keys side by side would share a query's load among more, but the hardware's prefetchers
+  // follow them less well.
+  constexpr int kBlock = kLanes<Real> / kShared, kCount = std::min(kShared, kBlock);
   const int64_t stride = place_count<T, Real>(keys.width);
   ReadAhead<T> ahead(keys);
   for (int64_t first = 0; first < keys.count; first += kBlock) {
     for (int64_t r = 0; r < rows; r += kShared) {
       Vec<Real> sums[kLanes<Real>];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < kBlock; j += kCount) {
         multiply_keys<kShared, kCount>(keys, first + j, queries + r * stride, stride, kBlock,
                                        r == 0 ? &ahead : nullptr, sums + j);
