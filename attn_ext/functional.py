@@ -256,7 +256,11 @@ def scaled_dot_product_attention(
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
-        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
+        and (
+            query.shape == key.shape
+            or query.shape[:2] == key.shape[:2]
+            or (enable_gqa and query.shape[0] == key.shape[0] == value.shape[0])
+        )
     ):
         query, key, value, attn_mask, leading = _to_four_dimensions(
             query, key, value, attn_mask, enable_gqa
