@@ -13,6 +13,7 @@ HEADERS = [
     "csrc/cpu/amx.h",
     "csrc/cpu/backward.h",
     "csrc/cpu/decode.h",
+    "csrc/cpu/decode_products.h",
     "csrc/cpu/forward.h",
     "csrc/cpu/headers.h",
     "csrc/cpu/instruction_set.h",

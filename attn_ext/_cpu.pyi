@@ -48,6 +48,7 @@ def forward(
     dropout: typing.Any,
     out: typing.Any,
     lse: typing.Any,
+    for_weights: bool,
 ) -> None:
     """
     Write out and lse.

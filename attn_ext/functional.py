@@ -119,7 +119,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend, return_lse)
+    out, lse = ops.attention(problem, backend, return_lse, for_weights=False)
     return (out, lse) if return_lse else out
 
 
@@ -289,7 +289,11 @@ def scaled_dot_product_attention(
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
-        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
+        and (
+            query.shape == key.shape
+            or query.shape[:2] == key.shape[:2]
+            or (enable_gqa and query.shape[0] == key.shape[0] == value.shape[0])
+        )
     ):
         query, key, value, attn_mask, leading = _to_four_dimensions(
             query, key, value, attn_mask, enable_gqa

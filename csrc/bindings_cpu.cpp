@@ -211,9 +211,9 @@ int threads_for(int available, const attn_ext::Problem& p) {
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::kAllKernels[index]; }
 
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
-             py::handle lse) {
+             py::handle lse, bool for_weights) {
   const Problem p = as_problem(problem, dropout);
-  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse), for_weights};
   const py::gil_scoped_release release;
   kernels(index).forward(p.native, to, threads_for(threads, p.native));
 }
@@ -276,7 +276,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads_for", py::overload_cast<int, double>(&threads_for), py::arg("available"),
         py::arg("flops"), "How many threads some work gets.");
   m.def("forward", &forward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
-        py::arg("dropout"), py::arg("out"), py::arg("lse"), "Write out and lse.");
+        py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("for_weights"),
+        "Write out and lse.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

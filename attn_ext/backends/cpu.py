@@ -76,7 +76,9 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+def forward(
+    problem: Problem, with_lse: bool = True, for_weights: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
     out = empty_in_layout_of(query, problem.value.shape[3])
@@ -84,7 +86,7 @@ def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | N
     if with_lse:
         batch, heads, length, _ = query.shape
         lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
-    _cpu.forward(*_arguments(problem), out, lse)
+    _cpu.forward(*_arguments(problem), out, lse, for_weights)
     return out, lse
 
 

@@ -22,6 +22,8 @@ namespace {
 //
 #include "forward.h"
 //
+#include "decode_products.h"
+//
 #include "decode.h"
 //
 #include "weights.h"
