@@ -54,8 +54,12 @@ void backward(const Problem& p, const BackwardArguments& to, const Settings& set
         if (plain) run = run_gradients<Element, width, false>;
       }
       run(p, to, settings);
-      if (to.dmask) run_mask_gradient<Element, width>(p, to, settings);
     });
+  });
+  if (!to.dmask) return;
+  with_exact_element(p, settings, [&](auto element) {
+    with_width(p,
+               [&](auto width) { run_mask_gradient<decltype(element), width>(p, to, settings); });
   });
 }
 

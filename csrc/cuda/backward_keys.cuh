@@ -125,6 +125,7 @@ __device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_k
 template <typename Element, int kWidth, bool kGeneral, Pass kPass>
 __global__ void __launch_bounds__(kThreads)
     key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
+  if (!kAvailable<Element>) return;
   using Shape = KeyGradientShape<Element, kWidth>;
   using Keys = typename Shape::Keys;
   using Values = typename Shape::Values;
@@ -151,8 +152,10 @@ __global__ void __launch_bounds__(kThreads)
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
   if (!weights_only) {
-    source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim).copy(first_key);
+    source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim)
+        .copy(first_key);
   }
+  commit_copies();
 
   const int warp_key = warp_index() * 16 * kMTiles;
   const auto lane_k = Keys::Lane::of_a(warp_key);

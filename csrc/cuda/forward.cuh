@@ -262,6 +262,7 @@ __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4],
 template <typename Element, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
+  if (!kAvailable<Element>) return;
   using Shape = ForwardShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;

@@ -9,8 +9,9 @@
 namespace attn_ext::cuda {
 
 struct Settings {
-  void* stream;     // a cudaStream_t
-  bool allow_tf32;  // float32 products may be rounded to TF32
+  void* stream;            // a cudaStream_t
+  bool allow_tf32;         // float32 products may be rounded to TF32, where tensor cores take it
+  int compute_capability;  // of the device, times ten
 };
 
 void forward(const Problem&, const ForwardArguments&, const Settings&);

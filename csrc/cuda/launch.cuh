@@ -59,10 +59,21 @@ void with_element(const Problem& p, const Settings& settings, Call call) {
     case DType::kBFloat16:
       return call(BFloat16{});
     case DType::kFloat32:
-      return settings.allow_tf32 ? call(TF32{}) : call(float{});
+      // Before 8.0 there are no tensor cores for TF32.
+      return settings.allow_tf32 && settings.compute_capability >= 80 ? call(TF32{})
+                                                                      : call(float{});
     default:
       throw std::runtime_error("the CUDA kernels take float16, bfloat16 and float32");
   }
+}
+
+// The same without TF32, for kernels that are not worth another instance.
+template <typename Call>
+void with_exact_element(const Problem& p, Settings settings, Call call) {
+  settings.allow_tf32 = false;
+  with_element(p, settings, [&](auto element) {
+    if constexpr (!std::is_same_v<decltype(element), TF32>) call(element);
+  });
 }
 
 // Calls call(width) with the narrowest tile that holds the head dimensions, as a constant.

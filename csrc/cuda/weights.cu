@@ -8,7 +8,7 @@
 namespace attn_ext::cuda {
 
 void weights(const Problem& p, const WeightsArguments& to, const Settings& settings) {
-  with_element(p, settings, [&](auto element) {
+  with_exact_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Shape = WeightsShape<decltype(element), width>;
       const int64_t heads = to.average ? 1 : p.query_heads;
