@@ -5,7 +5,15 @@ SIMD attention kernels for CPUs; called by attn_ext.backends.cpu.
 from __future__ import annotations
 import typing
 
-__all__: list[str] = ["backward", "capabilities", "forward", "set_dtypes", "threads_for", "weights"]
+__all__: list[str] = [
+    "backward",
+    "capabilities",
+    "forward",
+    "linear",
+    "set_dtypes",
+    "threads_for",
+    "weights",
+]
 
 def backward(
     capability: typing.SupportsInt | typing.SupportsIndex,
@@ -40,9 +48,23 @@ def forward(
     dropout: typing.Any,
     out: typing.Any,
     lse: typing.Any,
+    for_weights: bool,
 ) -> None:
     """
     Write out and lse.
+    """
+
+def linear(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    rows: typing.SupportsInt | typing.SupportsIndex,
+    input: typing.Any,
+    weight: typing.Any,
+    bias: typing.Any,
+    out: typing.Any,
+) -> None:
+    """
+    Write input @ weight^T + bias.
     """
 
 def set_dtypes(dtypes: tuple) -> None:

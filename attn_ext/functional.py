@@ -119,7 +119,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend, return_lse)
+    out, lse = ops.attention(problem, backend, return_lse, for_weights=False)
     return (out, lse) if return_lse else out
 
 
@@ -195,6 +195,39 @@ def attention_weights(
     return ops.attention_weights(problem.replace(sinks=None), lse, average, backend)
 
 
+def attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    average: bool,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool | str | None = None,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and the `attention_weights` that it used: arguments are checked once for both."""
+    if _may_autocast():
+        query, key, value, attn_mask, key_padding_mask = _autocast(
+            query, key, value, attn_mask, key_padding_mask
+        )
+    problem = Problem.build(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        causal=causal,
+    )
+    if problem.dropout_p > 0:
+        problem.seed = _checked_seed(seed, None)
+    problem = _without_float_padding(problem)
+    out, lse = ops.attention(problem, None)
+    return out, ops.attention_weights(problem, lse, average, None)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -256,15 +289,24 @@ def scaled_dot_product_attention(
         and isinstance(key, Tensor)
         and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
-        and (query.shape == key.shape or query.shape[:2] == key.shape[:2])
+        and (
+            query.shape == key.shape
+            or query.shape[:2] == key.shape[:2]
+            or (enable_gqa and query.shape[0] == key.shape[0] == value.shape[0])
+        )
     ):
         query, key, value, attn_mask, leading = _to_four_dimensions(
             query, key, value, attn_mask, enable_gqa
         )
-    out = attention(
+    # Not through `attention`: a call of 17 arguments takes longer than the smallest kernel.
+    if _may_autocast():
+        query, key, value, attn_mask, _ = _autocast(query, key, value, attn_mask, None)
+    problem = Problem.build(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, causal=causal, scale=scale
     )
-    assert isinstance(out, Tensor)
+    if problem.dropout_p > 0:
+        problem.seed = _checked_seed(None, None)
+    out, _ = ops.attention(problem, None, False)
     return out if leading is None else out.reshape(*leading, *out.shape[-2:])
 
 

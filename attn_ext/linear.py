@@ -14,6 +14,9 @@ float32 tensors in eager mode, behind a torch.autograd.Function and checks of it
 everything else, errors included, to F.linear. Both compute in float32 throughout and differ in the
 order of their sums alone. oneDNN generates code for every new shape, which takes 0.2 ms once; it
 keeps the latest 1024.
+
+With a few rows reading the weight is most of the work, at which both are slow: a kernel of our own
+(csrc/cpu/linear.h) computes these.
 """
 
 from __future__ import annotations
@@ -26,10 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attn_ext.backends import cpu
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 _SMALLEST_PRODUCT = 2**21
 """M * N * K for each thread from which the operator wins: a call costs 12 µs, and one of MKL 2."""
+_SMALLEST_OF_FEW_ROWS = 2**20
+"""M * N * K from which our own kernel wins, where it fits and no derivative is wanted."""
+_FEW_ROWS = range(4, 17)
+"""How many rows our own kernel is for."""
 _SMALLEST_WEIGHT_GRADIENT = 2**22
 """The same for the gradient of a weight, which runs at three quarters of the operator's speed."""
 _FEWEST_ROWS = 4
@@ -58,15 +67,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
         and weight.dim() == 2
-        and input.numel() * weight.size(0) >= _SMALLEST_PRODUCT * torch.get_num_threads()
+        and input.numel() * weight.size(0) >= _SMALLEST_OF_FEW_ROWS
         and _is_plain(input)
         and _is_plain(weight)
         and _fits(input, weight, bias)
+        and _is_worthwhile(input, weight, bias)
         and _in_plain_eager_mode()
     ):
-        if torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        if _wants_gradient(input, weight, bias):
             return _Linear.apply(input, weight, bias)
         return _product(input, weight, bias)
     return F.linear(input, weight, bias)
@@ -137,8 +145,37 @@ def _is_fast_gradient(dout: Tensor, other: Tensor) -> bool:
     )
 
 
+def _is_worthwhile(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product is large enough for what it costs outside of PyTorch's own operator."""
+    large = input.numel() * weight.size(0) >= _SMALLEST_PRODUCT * torch.get_num_threads()
+    return large or (_has_few_rows(input, weight) and not _wants_gradient(input, weight, bias))
+
+
+def _has_few_rows(input: Tensor, weight: Tensor) -> bool:
+    """Whether our own kernel takes these plain operands."""
+    depth = weight.size(1)
+    return (
+        depth > 0
+        and depth % 16 == 0
+        and input.numel() // depth in _FEW_ROWS
+        and input.is_contiguous()
+        and weight.is_contiguous()
+        and not (input.is_neg() or weight.is_neg())
+        and cpu.capability != "none"
+    )
+
+
+def _wants_gradient(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The operator itself: (..., K) and (N, K) to (..., N), without a derivative."""
+    """(..., K) and (N, K) to (..., N), by our kernel or the operator, without a derivative."""
+    if _has_few_rows(input, weight):
+        bias = None if bias is None else bias.resolve_neg().contiguous()
+        return cpu.linear(input, weight, bias)
     rows, columns = weight.stride()
     if not ((columns == 1 and rows >= weight.shape[1]) or (rows == 1 and columns >= len(weight))):
         weight = weight.contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutProjection
 from torch.nn.modules.module import _has_any_global_hook
 
-from attn_ext.functional import attention, attention_weights
+from attn_ext.functional import attention, attention_and_weights
 from attn_ext.linear import linear
 
 _LARGEST_COMPARED_MASK = 2**24
@@ -156,10 +156,10 @@ class Attend:
             options = {**options, "dropout_p": self.dropout_p, "seed": seed}
         elif self.dropout_p < 0:
             raise ValueError(f"dropout must be in [0, 1], got {self.dropout_p}")
+        out: Any
         weights = None
         if need_weights:
-            out, lse = attention(q, k, v, return_lse=True, **options)
-            weights = attention_weights(q, k, lse=lse, average=average, **options)
+            out, weights = attention_and_weights(q, k, v, average=average, **options)
         else:
             out = attention(q, k, v, **options)
         if everything_dropped:

@@ -26,10 +26,13 @@ from attn_ext.second_derivatives import (
 )
 
 
-def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:
+def attention(
+    problem: Problem, backend: str | None, with_lse: bool = True, for_weights: bool = True
+) -> tuple[Tensor, Any]:
     """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable.
 
     Without `with_lse` LSE may be None: making a tensor takes a tenth of a small attention's time.
+    Without `for_weights` weights will not be recomputed from it, save for a gradient.
     """
     traced = _is_traced(problem)
     if backend == "reference" or _needs_forward_mode(problem, traced):
@@ -39,8 +42,9 @@ def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> t
         return call("attention", *tensors, *options)
     module = dispatch.select(problem, backend)
     if module is reference or not _needs_gradient(problem):
-        return module.forward(problem, with_lse)
-    return _Attention.record(*differentiable_inputs(problem), problem, module)
+        return module.forward(problem, with_lse, for_weights)
+    result = _record_attention(*differentiable_inputs(problem), problem, module, with_lse)
+    return result if with_lse else (result, None)
 
 
 def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str | None) -> Tensor:
@@ -56,7 +60,7 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str
         _needs_gradient(problem) or (torch.is_grad_enabled() and lse.requires_grad)
     ):
         return module.weights(problem, lse, average)
-    return _Weights.record(
+    return _record_weights(
         problem.query, problem.key, problem.attn_mask, lse, problem, average, module
     )
 
@@ -101,16 +105,7 @@ def _needs_forward_mode(problem: Problem, traced: bool, lse: Tensor | None = Non
     )
 
 
-class _Function(torch.autograd.Function):
-    """Functions that are called in eager mode alone."""
-
-    @classmethod
-    def record(cls, *arguments: Any) -> Any:
-        """`apply`, less what it does for torch.func: `_is_traced` has seen to that."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
-
-
-class _Attention(_Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -121,19 +116,20 @@ class _Attention(_Function):
         sinks: Tensor | None,
         problem: Problem,
         module: Any,
-    ) -> tuple[Tensor, Tensor]:
+        with_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = module.forward(problem)
         ctx.save_for_backward(*problem.tensors, out, lse)
         ctx.settings, ctx.module = problem.settings, module
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if with_lse else out  # each output costs a small call dearly
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             if dlse is None:
-                return (None,) * 7
+                return (None,) * 8
             dout = torch.zeros_like(out)
         mask_gradient = ctx.needs_input_grad[3]
         arguments = (out, lse, dout, dlse, mask_gradient)
@@ -141,7 +137,7 @@ class _Attention(_Function):
             grads = _AttentionBackward.apply(*tensors, *arguments, ctx.settings, ctx.module)
         else:
             grads = ctx.module.backward(Problem(*tensors, *ctx.settings), *arguments)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -167,7 +163,7 @@ class _AttentionBackward(torch.autograd.Function):
         return (*grads, None, None, None, None, ddout, ddlse, None, None, None)
 
 
-class _Weights(_Function):
+class _Weights(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -218,3 +214,12 @@ class _WeightsBackward(torch.autograd.Function):
             problem, lse, dweights, ctx.average, ctx.mask_gradient, second_gradients
         )
         return (dq, dk, None, dmask, *(None,) * 3, dlse, ddweights, *(None,) * 4)
+
+
+def _recorder(function: type[torch.autograd.Function]) -> Any:
+    """`apply`, less what it does for torch.func: `_is_traced` has seen to that."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_record_attention = _recorder(_Attention)
+_record_weights = _recorder(_Weights)

@@ -51,6 +51,9 @@ struct Problem {
 struct ForwardArguments {
   View out;  // (B, Hq, Lq, Dv)
   View lse;  // (B, Hq, Lq, -), compute type, or null
+  // Whether weights will be recomputed from lse, by a backward pass or run_weights: these are the
+  // more exact for scores that were summed in the same order.
+  bool for_weights = true;
 };
 
 // Gradients of an output and of LSE (dout, dlse), or of the weights (dweights); never both.
@@ -69,6 +72,15 @@ struct WeightsArguments {
   View lse;      // (B, Hq, Lq, -), compute type
   View weights;  // (B, Hq, Lq, Lk), or (B, -, Lq, Lk) for the mean over heads; written
   bool average;
+};
+
+// out (rows, columns) = input (rows, depth) weight (columns, depth)^T + bias (columns); all float32
+// and contiguous, depth a multiple of 16.
+struct LinearArguments {
+  int64_t rows, columns, depth;
+  const float *input, *weight;
+  const float* bias;  // or null
+  float* out;
 };
 
 }  // namespace attn_ext

@@ -23,9 +23,9 @@ int threads_for(int available, const attn_ext::Problem& p) {
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::kAllKernels[index]; }
 
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
-             py::handle lse) {
+             py::handle lse, bool for_weights) {
   const Problem p = as_problem(problem, dropout);
-  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse), for_weights};
   const py::gil_scoped_release release;
   kernels(index).forward(p.native, to, threads_for(threads, p.native));
 }
@@ -53,6 +53,23 @@ void weights(int index, int threads, py::handle problem, py::handle dropout, py:
   kernels(index).weights(p.native, to, threads_for(threads, p.native));
 }
 
+void linear(int index, int threads, int64_t rows, py::handle input, py::handle weight,
+            py::handle bias, py::handle out) {
+  static const Name kShape("shape");
+  const Sizes shape(get(weight, kShape));
+  const auto floats = [](py::handle tensor) { return static_cast<float*>(address_of(tensor)); };
+  attn_ext::LinearArguments arguments;
+  arguments.rows = rows, arguments.columns = shape.items[0], arguments.depth = shape.items[1];
+  arguments.input = floats(input), arguments.weight = floats(weight);
+  arguments.bias = bias.is_none() ? nullptr : floats(bias), arguments.out = floats(out);
+  const double products = static_cast<double>(rows) * static_cast<double>(arguments.columns) *
+                          static_cast<double>(arguments.depth);
+  const double flops = 2 * products;
+  const py::gil_scoped_release release;
+  // Nothing is packed for each thread, so that half as much work pays for one as in attention.
+  kernels(index).linear(arguments, threads_for(threads, 2 * flops));
+}
+
 py::dict capabilities() {
   py::dict found;
   for (const attn_ext::Kernels* entry : attn_ext::kAllKernels)
@@ -71,7 +88,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads_for", py::overload_cast<int, double>(&threads_for), py::arg("available"),
         py::arg("flops"), "How many threads some work gets.");
   m.def("forward", &forward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
-        py::arg("dropout"), py::arg("out"), py::arg("lse"), "Write out and lse.");
+        py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("for_weights"),
+        "Write out and lse.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),
@@ -80,4 +98,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("weights", &weights, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("lse"), py::arg("weights"), py::arg("average"),
         "Write the attention weights.");
+  m.def("linear", &linear, py::arg("capability"), py::arg("threads"), py::arg("rows"),
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        "Write input @ weight^T + bias.");
 }

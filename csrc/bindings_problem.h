@@ -81,14 +81,20 @@ struct Sizes {
   }
 };
 
+inline void* address_of(py::handle tensor) {
+  static const Name kDataPtr("data_ptr");
+  void* address = PyLong_AsVoidPtr(call(tensor, kDataPtr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return address;
+}
+
 // A tensor's address, and its strides at these places of (batch, head, row, column). Its dtype,
 // which costs a look-up, is of interest for masks only: every other follows from the problem's.
 inline View as_view(py::handle tensor, std::array<int, 4> places = {0, 1, 2, 3}) {
-  static const Name kDataPtr("data_ptr"), kStride("stride");
+  static const Name kStride("stride");
   View view;
   if (tensor.is_none()) return view;
-  view.data = PyLong_AsVoidPtr(call(tensor, kDataPtr).ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
+  view.data = address_of(tensor);
   const Sizes strides(call(tensor, kStride));
   for (Py_ssize_t i = 0; i < strides.count; ++i) {
     view.stride[places[static_cast<size_t>(i)]] = strides.items[i];

@@ -123,6 +123,7 @@ CASES = [
     Case("decode", lambda s: {"causal": "lower_right"}, DECODE),
     Case("decode_one_row", lambda s: {}, Sizes(query_length=1, key_length=640, head_dim=64, value_dim=64)),
     Case("decode_two_rows", lambda s: {"window": (300, 100), "causal": "lower_right"}, Sizes(query_length=2, key_length=530)),
+    Case("decode_four_rows", lambda s: {}, Sizes(query_heads=8, key_heads=2, query_length=1, key_length=520, head_dim=80, value_dim=112)),
     Case("decode_six_rows", lambda s: {"causal": "lower_right"}, Sizes(query_heads=6, key_heads=2, query_length=2, key_length=601, head_dim=33)),
     Case("decode_padding", lambda s: {"key_padding_mask": torch.arange(s.key_length) < torch.tensor([[300], [650]])}, DECODE),
     Case("decode_everything", lambda s: {**_everything(s), "window": (400, None), "dropout_p": 0.0}, DECODE),
@@ -197,8 +198,11 @@ def run(inputs: Inputs, backend: str, average: bool = True) -> dict[str, Tensor]
     query, key, value, options = inputs.query, inputs.key, inputs.value, inputs.options
     out, lse = attn_ext.attention(query, key, value, return_lse=True, backend=backend, **options)
     results = {"out": out, "lse": lse}
-    with torch.no_grad():  # inference, where nobody asks for LSE, has a kernel of its own
+    with torch.no_grad():  # inference has a kernel of its own
         results["out alone"] = attn_ext.attention(query, key, value, backend=backend, **options)
+        results["out of inference"], results["lse of inference"] = attn_ext.attention(
+            query, key, value, return_lse=True, backend=backend, **options
+        )
     visible_lse = torch.where(torch.isfinite(lse), lse, 0.0)
     loss = (out.double() * _direction(out)).sum() + (visible_lse.double() * _direction(lse)).sum()
     results.update(_gradients("", loss, inputs.differentiable))

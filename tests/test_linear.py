@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_ext import linear as implementation
+from attn_ext.backends import cpu
 
 linear = implementation.linear
 M, K, N = 260, 190, 130  # large enough for the operator with one thread
@@ -36,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(implementation, "_product", product)
     monkeypatch.setattr(implementation, "_SMALLEST_PRODUCT", 0)
+    monkeypatch.setattr(implementation, "_SMALLEST_OF_FEW_ROWS", 0)
     monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_GRADIENT", 0)
     return seen
 
@@ -158,6 +161,108 @@ def test_nothing_to_compute(sizes: tuple[int, int, int]) -> None:
 def test_tiny_products_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "_product", None)
     linear(torch.randn(16, 64), torch.randn(64, 64))
+
+
+# --- Few rows, which our own kernel computes
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each call of our own kernel has."""
+    seen: list[int] = []
+    original = cpu.linear
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(input.numel() // weight.shape[1])
+        return original(input, weight, bias)
+
+    monkeypatch.setattr(cpu, "linear", kernel)
+    return seen
+
+
+@needs_operator
+@pytest.mark.parametrize(
+    "capability", [name for name, there in cpu.capabilities().items() if there]
+)
+@pytest.mark.parametrize("columns", [67, 96])
+@pytest.mark.parametrize("leading", [(4,), (5,), (3, 5), (2, 2, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows(
+    leading: tuple[int, ...],
+    columns: int,
+    bias: bool,
+    capability: str,
+    calls: list[tuple[int, ...]],
+    few_rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "capability", capability)
+    arguments: list[Tensor | None] = [
+        torch.randn(*leading, 176),
+        torch.randn(columns, 176),
+        torch.randn(columns) if bias else None,
+    ]
+    truth = F.linear(*(None if x is None else x.double() for x in arguments))  # type: ignore[arg-type]
+    theirs, ours = F.linear(*arguments), linear(*arguments)  # type: ignore[arg-type]
+    assert few_rows == [math.prod(leading)]
+    assert ours.shape == theirs.shape
+    assert rms(ours - truth) <= 2 * rms(theirs - truth)
+    assert_as_exact([None if x is None else x.requires_grad_() for x in arguments])
+    assert len(few_rows) > 1
+
+
+@needs_operator
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_few_rows_on_several_threads(few_rows: list[int], threads: int) -> None:
+    x, weight = torch.randn(16, 512), torch.randn(515, 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = linear(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert few_rows == [16]
+    torch.testing.assert_close(actual, F.linear(x, weight), atol=1e-3, rtol=1e-4)
+
+
+@needs_operator
+@pytest.mark.parametrize("which", [0, 1])
+def test_non_finite_values_stay_in_their_row_and_column(
+    which: int, calls: list[tuple[int, ...]], few_rows: list[int]
+) -> None:
+    operands = [torch.randn(6, 32), torch.randn(21, 32)]
+    operands[which][3, 5], operands[which][1, 0] = float("nan"), float("inf")
+    expected = F.linear(*operands)
+    torch.testing.assert_close(linear(*operands), expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+    assert few_rows == [6]
+
+
+@needs_operator
+@pytest.mark.parametrize(
+    "make", ["transposed", "every second", "rows apart", "expanded", "negated"]
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_strides_of_few_rows(which: int, make: str, calls: list[tuple[int, ...]]) -> None:
+    shapes = [(2, 7, 48), (37, 48), (37,)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors[which] = strided(make, *shapes[which])
+    torch.testing.assert_close(linear(*tensors), F.linear(*tensors), atol=1e-4, rtol=1e-5)
+    assert calls == [(2, 7, 37)]
+
+
+@needs_operator
+def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: list[int]) -> None:
+    weight, odd = torch.randn(1024, 1024), torch.randn(1024, 1023)
+    linear(torch.randn(3, 1024), weight)
+    linear(torch.randn(17, 1024), weight)
+    linear(torch.randn(16, 1023), odd)
+    linear(torch.randn(4, 64), torch.randn(64, 64))
+    assert few_rows == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1024)
+    linear(torch.randn(16, 1024, requires_grad=True), weight)  # too small for our derivative
+    assert few_rows == []
+    linear(torch.randn(16, 1024), weight)
+    assert few_rows == [16]
 
 
 @needs_operator

@@ -21,7 +21,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every attention that our operators run."""
     seen: list[int] = []
     original = ops.attention
-    monkeypatch.setattr(ops, "attention", lambda *a: seen.append(1) or original(*a))
+    monkeypatch.setattr(ops, "attention", lambda *a, **k: seen.append(1) or original(*a, **k))
     return seen
 
 

@@ -1,7 +1,8 @@
 """The implementations of attention, one file each, with the same five functions:
 
     not_supported_reasons(problem) -> list[str]     why this backend can't run it; empty: it can
-    forward(problem, with_lse) -> (out, lse)        without with_lse LSE may be None
+    forward(problem, with_lse, for_weights) -> (out, lse)
+        without with_lse LSE may be None; for_weights: the functions below will be given it
     backward(problem, out, lse, dout, dlse, mask_gradient) -> Gradients
     weights(problem, lse, average) -> weights
     weights_backward(problem, lse, dweights, average, mask_gradient) -> WeightsGradients
@@ -44,7 +45,7 @@ def empty_in_layout_of(like: Tensor, columns: int | None = None) -> Tensor:
     """
     if columns is None or columns == like.shape[3]:
         out = torch.empty_like(like)  # several times as fast
-        if out.stride()[3] == 1:
+        if out.is_contiguous() or out.stride()[3] == 1:  # the first is the faster look
             return out
     strides, shape = like.stride(), like.shape
     order = sorted(range(3), key=lambda dim: strides[dim], reverse=True)

@@ -76,7 +76,9 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+def forward(
+    problem: Problem, with_lse: bool = True, for_weights: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
     out = empty_in_layout_of(query, problem.value.shape[3])
@@ -84,7 +86,7 @@ def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | N
     if with_lse:
         batch, heads, length, _ = query.shape
         lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
-    _cpu.forward(*_arguments(problem), out, lse)
+    _cpu.forward(*_arguments(problem), out, lse, for_weights)
     return out, lse
 
 
@@ -121,6 +123,18 @@ def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
         result.fill_(float("nan"))  # the mean of nothing
     _cpu.weights(*_arguments(problem), lse, result, average)
     return result.squeeze(1) if average else result
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input (..., K) @ weight (N, K)^T + bias (N), contiguous float32; made for few rows.
+
+    K must be a multiple of 16, and not 0. Nothing is checked and there is no derivative.
+    """
+    columns, depth = weight.shape
+    out = torch.empty(*input.shape[:-1], columns, dtype=torch.float32)
+    index, rows = _CAPABILITIES.index(capability), input.numel() // depth
+    _cpu.linear(index, num_threads(), rows, input, weight, bias, out)
+    return out
 
 
 def weights_backward(

@@ -13,6 +13,9 @@ const Kernels kAvx2Kernels = {"avx2",
                                        __builtin_cpu_supports("fma") &&
                                        __builtin_cpu_supports("f16c");
                               },
-                              run_forward, run_backward, run_weights};
+                              run_forward,
+                              run_backward,
+                              run_weights,
+                              run_linear};
 }  // namespace attn_ext
 #endif

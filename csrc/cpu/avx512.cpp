@@ -14,6 +14,9 @@ const Kernels kAvx512Kernels = {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     },
-    run_forward, run_backward, run_weights};
+    run_forward,
+    run_backward,
+    run_weights,
+    run_linear};
 }  // namespace attn_ext
 #endif

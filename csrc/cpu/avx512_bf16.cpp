@@ -12,6 +12,9 @@ namespace attn_ext {
 const Kernels kAvx512Bf16Kernels = {
     "avx512_bf16",
     [] { return kAvx512Kernels.available() && __builtin_cpu_supports("avx512bf16") != 0; },
-    run_forward, run_backward, run_weights};
+    run_forward,
+    run_backward,
+    run_weights,
+    run_linear};
 }  // namespace attn_ext
 #endif

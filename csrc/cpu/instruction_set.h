@@ -22,11 +22,15 @@ namespace {
 //
 #include "forward.h"
 //
+#include "decode_products.h"
+//
 #include "decode.h"
 //
 #include "weights.h"
 //
 #include "backward.h"
+//
+#include "linear.h"
 
 // Runs `call` with values of the storage type, the compute type and the type of the elements that
 // are multiplied.
@@ -83,6 +87,13 @@ void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
   with_types(p.dtype, [&](auto t, auto real, auto element) {
     weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
   });
+}
+void run_linear(const LinearArguments& arguments, int threads) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  kAvx512Kernels.linear(arguments, threads);
+#else
+  linear<float>(arguments, threads);
+#endif
 }
 
 }  // namespace

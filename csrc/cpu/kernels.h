@@ -11,6 +11,7 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardArguments&, int threads);
   void (*backward)(const Problem&, const BackwardArguments&, int threads);
   void (*weights)(const Problem&, const WeightsArguments&, int threads);
+  void (*linear)(const LinearArguments&, int threads);
 };
 
 #if defined(__x86_64__)

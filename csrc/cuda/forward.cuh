@@ -63,11 +63,14 @@ struct Softmax {
   float max[kMTiles][2], sum[kMTiles][2];
 };
 
-// Scores become weights; the output so far is rescaled. `factor` takes scores to units of log2.
+// Scores become weights. The output so far is rescaled, unless no row's maximum grew. `factor`
+// takes scores to units of log2.
 template <int kMTiles, int kNTiles, int kOutTiles>
 __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
                                                Softmax<kMTiles>& softmax,
                                                float (&out)[kMTiles][kOutTiles][4]) {
+  float scale[kMTiles][2];
+  bool grew = false;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -82,8 +85,9 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
       after = fmaxf(after, shuffle_xor(after, 2));
       // A row that has seen nothing yet: exp2(-inf - 0) is the 0 that it needs.
       const float shift = after == -kInfinity ? 0.0f : after * factor;
-      const float scale = exp2(before * factor - shift);
-      float sum = softmax.sum[m][half] * scale;
+      scale[m][half] = exp2(before * factor - shift);
+      grew |= after > before;
+      float sum = softmax.sum[m][half] * scale[m][half];
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -92,26 +96,30 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
           sum += s[m][n][i];
         }
       }
-#pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) {
-        out[m][n][2 * half] *= scale;
-        out[m][n][2 * half + 1] *= scale;
-      }
       softmax.max[m][half] = after;
       softmax.sum[m][half] = sum;
+    }
+  }
+  if (ballot(grew) == 0) return;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[m][n][i] *= scale[m][i / 2];
     }
   }
 }
 
 // Hides what lies outside the rows' reach; scores stay in their units.
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void hide_by_position(const Problem& p, Place place,
+__device__ __forceinline__ void hide_by_position(const Problem& p, Place<false> place,
                                                  float (&s)[kMTiles][kNTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Visible visible = Visible::of_row(p, place.row(m, 2 * half));
+      const Visible visible = Visible::of_row(p, place.row(m, 0, 2 * half));
       const int begin = visible.begin - place.first_key, end = visible.end - place.first_key;
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
@@ -127,37 +135,27 @@ __device__ __forceinline__ void hide_by_position(const Problem& p, Place place,
 
 // Products become scores in units of log2. Rows beyond the last are given the last one's.
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void finish_scores(const Problem& p, const Head& head, Place place,
-                                              float (&s)[kMTiles][kNTiles][4]) {
+__device__ __forceinline__ void finish_scores(const Problem& p, const Head& head,
+                                              Place<false> place, float (&s)[kMTiles][kNTiles][4]) {
   const int last = static_cast<int>(p.query_length) - 1;
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = min(place.row(m, i), last);
-        float slope;
-        s[m][n][i] = score_of(p, head, Visible::of_row(p, row), row, place.key(n, i), s[m][n][i],
-                              &slope);
-      }
-    }
-  }
+  Unrolled<kMTiles, kNTiles> scores(s);
+  for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
+    float slope;
+    row = min(row, last);
+    scores.items[index] =
+        score_of(p, head, Visible::of_row(p, row), row, key, scores.items[index], &slope);
+  });
+  scores.copy_to(s);
 }
 
 template <int kMTiles, int kNTiles>
-__device__ __forceinline__ void drop(const Problem& p, const Head& head, Place place,
-                                     float (&weights)[kMTiles][kNTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weights[m][n][i] *= keep_factor(p, head, place.row(m, i), place.key(n, i));
-      }
-    }
-  }
+__device__ __forceinline__ void drop(const Problem& p, const Head& head, Place<false> place,
+                                     float (&s)[kMTiles][kNTiles][4]) {
+  Unrolled<kMTiles, kNTiles> weights(s);
+  for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
+    weights.items[index] *= keep_factor(p, head, row, key);
+  });
+  weights.copy_to(s);
 }
 
 __device__ __forceinline__ float lse_of(float max, float sum) {
@@ -167,8 +165,8 @@ __device__ __forceinline__ float lse_of(float max, float sum) {
 
 // One row by a whole warp, key by key, so that hidden values are never touched.
 template <typename Element, int kWidth>
-__device__ __noinline__ void careful_row(const Problem& p, const ForwardArguments& to,
-                                         const Head& head, int row) {
+__device__ __attribute__((noinline)) void careful_row(const Problem& p, const ForwardArguments& to,
+                                                      const Head& head, int row) {
   constexpr int kColumns = (kWidth + 31) / 32;
   const int lane = lane_index();
   const Element* query = at<const Element>(p.query, head.batch, head.head, row);
@@ -246,8 +244,8 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
 
 // Calls redo(row) by the whole warp for every row that is not finite; `base` is the warp's first.
 template <int kMTiles, int kNTiles, typename Redo>
-__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base,
-                                          int rows, Redo redo) {
+__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
+                                          Redo redo) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -262,7 +260,8 @@ __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4],
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
+__global__ void __launch_bounds__(kThreads)
+    run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   using Shape = ForwardShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;
@@ -281,20 +280,20 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
   const int rows = min(Shape::kRows, query_length - first_row);
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
 
-  const Element* keys = at<const Element>(p.key, head.batch, head.key_head, 0);
-  const Element* values = at<const Element>(p.value, head.batch, head.key_head, 0);
-  const auto copy_keys = [&](int index) {
-    const int key = order.tile(index) * kKeys;
-    Keys::template copy<!kGeneral>(keys + key * p.key.stride[2], p.key.stride[2],
-                                   key_length - key, static_cast<int>(p.head_dim));
-    commit_copies();
-  };
-  Queries::template copy<!kGeneral>(at<const Element>(p.query, head.batch, head.head, first_row),
-                                    p.query.stride[2], rows, static_cast<int>(p.head_dim));
-  if (order.count > 0) copy_keys(0);
+  constexpr bool kPlain = !kGeneral;
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const auto queries =
+      source_of<Queries, kPlain>(p.query, head.batch, head.head, p.query_length, p.head_dim);
+  const auto keys =
+      source_of<Keys, kPlain>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
+  const auto values =
+      source_of<Values, kPlain>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
+  Queries::copy(queries, first_row);
+  if (order.count > 0) Keys::copy(keys, order.tile(0) * kKeys);
+  commit_copies();
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
-  const auto lane_q = Queries::Lane::of_a();
+  const auto lane_q = Queries::Lane::of_a(0, warp_row * Queries::kRowBytes);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_a();
   // The general kernel's scores are in units of log2 already.
@@ -312,19 +311,18 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
     }
   }
 
-  const auto visit = [&](int index, auto edge) {
-    const int key = order.tile(index) * kKeys;
+  const auto visit = [&](int key, int next, auto edge) {
     float s[kMTiles][kKeys / 8][4] = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    Values::template copy<!kGeneral>(values + key * p.value.stride[2], p.value.stride[2],
-                                     key_length - key, static_cast<int>(p.value_dim));
+    Values::copy(values, key);
     commit_copies();
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q, warp_row, lane_k, Element{});
+    multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
-    if (index + 1 < order.count) copy_keys(index + 1);
-    const Place place{first_row + warp_row + g, key + 2 * t};
+    if (next >= 0) Keys::copy(keys, next);
+    commit_copies();
+    const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
       finish_scores(p, head, place, s);
     } else if constexpr (decltype(edge)::value) {
@@ -334,10 +332,15 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
     if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
     multiply_accumulators<Values>(out, s, lane_v, Element{});
   };
-  int index = 0;
-  for (; index < order.edges; ++index) visit(index, std::true_type{});
+  for (int index = 0; index < order.edges; ++index) {
+    const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;
+    visit(order.tile(index) * kKeys, next, std::true_type{});
+  }
   if constexpr (!kGeneral) {
-    for (; index < order.count; ++index) visit(index, std::false_type{});
+    const int last = (order.full_first + order.count - order.edges - 1) * kKeys;
+    for (int key = order.full_first * kKeys; key <= last; key += kKeys) {
+      visit(key, key < last ? key + kKeys : -1, std::false_type{});
+    }
   }
 
 #pragma unroll
@@ -350,14 +353,14 @@ __global__ void __launch_bounds__(kThreads) forward(const __grid_constant__ Prob
       const int row = first_row + warp_row + 16 * m + 8 * half + g;
       if (row >= query_length) continue;
       const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-      write_row(at<Element>(to.out, head.batch, head.head, row), static_cast<int>(p.value_dim),
-                half, inverse, out[m], !kGeneral);
+      write_row(at<Element>(to.out, head.batch, head.head, row), value_dim, half, inverse, out[m],
+                !kGeneral);
       if (to.lse && t == 0) {
-        *at<float>(to.lse, head.batch, head.head, row) =
-            lse_of(softmax.max[m][half] * factor, sum);
+        *at<float>(to.lse, head.batch, head.head, row) = lse_of(softmax.max[m][half] * factor, sum);
       }
     }
   }
+  wait_for_copies<0>();
   redo_rows(out, first_row + warp_row, query_length,
             [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
 }

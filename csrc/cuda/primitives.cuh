@@ -11,6 +11,7 @@
 // where a lane holds the four bytes 4t to 4t + 3 of a chunk: two halves, or one float.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,6 +30,11 @@
 #endif
 
 namespace attn_ext::cuda {
+
+#ifdef ATTN_EXT_EMULATED
+using std::max;
+using std::min;
+#endif
 
 struct Float16 {
   uint16_t bits;
@@ -61,6 +67,15 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 #endif
+}
+
+// A value that the compiler keeps rather than computes again, where registers are short.
+template <typename T>
+__device__ __forceinline__ T* kept(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
 }
 
 // --- Conversions, to nearest, ties to even
@@ -159,7 +174,7 @@ __device__ __forceinline__ void synchronize_block() {
 // The word of the lane whose number differs in the bits of `mask`.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t x, int mask) {
 #if defined(ATTN_EXT_EMULATED)
-  return emulator::warp<uint32_t>(x, [mask](const uint32_t(&in)[32], uint32_t(&out)[32]) {
+  return emulator::warp<uint32_t>(x, [mask](const uint32_t (&in)[32], uint32_t (&out)[32]) {
     for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ mask];
   });
 #elif defined(__CUDA_ARCH__)
@@ -183,7 +198,7 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t x, int lane) {
     uint32_t x;
     int lane;
   };
-  return emulator::warp<uint32_t>(Given{x, lane}, [](const Given(&in)[32], uint32_t(&out)[32]) {
+  return emulator::warp<uint32_t>(Given{x, lane}, [](const Given(&in)[32], uint32_t (&out)[32]) {
     for (int i = 0; i < 32; ++i) out[i] = in[in[i].lane].x;
   });
 #elif defined(__CUDA_ARCH__)
@@ -200,7 +215,7 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t x, int lane) {
 // The bits of the lanes that say yes.
 __device__ __forceinline__ uint32_t ballot(bool yes) {
 #if defined(ATTN_EXT_EMULATED)
-  return emulator::warp<uint32_t>(yes, [](const bool(&in)[32], uint32_t(&out)[32]) {
+  return emulator::warp<uint32_t>(yes, [](const bool (&in)[32], uint32_t (&out)[32]) {
     uint32_t votes = 0;
     for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(in[lane]) << lane;
     for (uint32_t& result : out) result = votes;
@@ -244,8 +259,8 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, int
 #if defined(ATTN_EXT_EMULATED) && ATTN_EXT_EMULATED >= 800
   emulator::copy_async(shared_pointer(to), from, 16, valid);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(valid)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid)
                : "memory");
 #else
   struct alignas(16) Chunk {
@@ -289,8 +304,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
     uint32_t words[4];
   };
   const char* address = shared_pointer(row);
-  const Words mine = emulator::warp<Words>(
-      address, [](const char* const(&rows)[32], Words(&out)[32]) {
+  const Words mine =
+      emulator::warp<Words>(address, [](const char* const(&rows)[32], Words(&out)[32]) {
         emulator::count_bank_conflicts(reinterpret_cast<const void* const(&)[32]>(rows), 4);
         for (int lane = 0; lane < 32; ++lane) {
           const int g = lane / 4, t = lane % 4;

@@ -24,8 +24,12 @@ struct Visible {
   __device__ __forceinline__ static Visible of_row(const Problem& p, int row) {
     const int64_t diagonal = row + p.diagonal, last = p.key_length;
     const int64_t begin = diagonal - p.left, end = diagonal + p.right + 1;
-    return {static_cast<int>(begin < 0 ? 0 : begin < last ? begin : last),
-            static_cast<int>(end < 0 ? 0 : end < last ? end : last)};
+    return {static_cast<int>(begin < 0      ? 0
+                             : begin < last ? begin
+                                            : last),
+            static_cast<int>(end < 0      ? 0
+                             : end < last ? end
+                                          : last)};
   }
 };
 
@@ -43,8 +47,8 @@ struct Head {
 // An entry of a mask in units of log2, -inf where it forbids.
 __device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t h, int64_t row,
                                             int64_t column) {
-  const int64_t index = b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] +
-                        column * mask.stride[3];
+  const int64_t index =
+      b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] + column * mask.stride[3];
   switch (mask.dtype) {
     case DType::kBool:
       return static_cast<const uint8_t*>(mask.data)[index] ? 0.0f : -kInfinity;
@@ -86,7 +90,7 @@ __device__ inline float score_of(const Problem& p, const Head& head, Visible vis
 }
 
 // 1 / (1 - dropout_p) where the weight is kept, else 0.
-__device__ __forceinline__ float kept(const Problem& p, uint32_t word) {
+__device__ __forceinline__ float factor_of(const Problem& p, uint32_t word) {
   return word >= p.dropout_threshold ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
 }
 
@@ -106,16 +110,74 @@ __device__ __forceinline__ void random_words(const Problem& p, const Head& head,
 __device__ inline float keep_factor(const Problem& p, const Head& head, int row, int key) {
   uint32_t words[4];
   random_words(p, head, row, key, words);
-  return kept(p, words[(p.key_start + key) & 3]);
+  return factor_of(p, words[(p.key_start + key) & 3]);
 }
 
-// Where a lane's accumulators lie in a tile of scores: row `first_row` + 16 m + 8 (i / 2), column
-// `first_key` + 8 n + i % 2.
+// Where a lane's accumulators lie: tile (m, n), element i of a C fragment. Rows of C are rows of
+// the problem, its columns are keys; or, transposed, the other way round.
+template <bool kTransposed>
 struct Place {
-  int first_row, first_key;
+  int first_row, first_key;  // of this lane's first element
 
-  __device__ __forceinline__ int row(int m, int i) const { return first_row + 16 * m + i / 2 * 8; }
-  __device__ __forceinline__ int key(int n, int i) const { return first_key + 8 * n + i % 2; }
+  __device__ __forceinline__ int row(int m, int n, int i) const {
+    return first_row + (kTransposed ? 8 * n + i % 2 : 16 * m + i / 2 * 8);
+  }
+  __device__ __forceinline__ int key(int m, int n, int i) const {
+    return first_key + (kTransposed ? 16 * m + i / 2 * 8 : 8 * n + i % 2);
+  }
+  __device__ __forceinline__ static Place of_lane(int row, int key) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    return {row + (kTransposed ? 2 * t : g), key + (kTransposed ? g : 2 * t)};
+  }
 };
+
+// Calls visit(row, key, element number) for all of a lane's places in a tile, in a loop that is not
+// unrolled: what the general kernels do with a pair is long, and would be compiled for each.
+template <bool kTransposed, int kMTiles, int kNTiles, typename Visit>
+__device__ __forceinline__ void for_each_place(Place<kTransposed> place, Visit visit) {
+#pragma unroll 1
+  for (int index = 0; index < 4 * kMTiles * kNTiles; ++index) {
+    const int m = index / (4 * kNTiles), n = index / 4 % kNTiles, i = index % 4;
+    visit(place.row(m, n, i), place.key(m, n, i), index);
+  }
+}
+
+// Accumulators in memory of the lane's own, where a loop can count through them.
+template <int kMTiles, int kNTiles>
+struct Unrolled {
+  float items[4 * kMTiles * kNTiles];
+
+  __device__ __forceinline__ explicit Unrolled(const float (&c)[kMTiles][kNTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      items[i] = c[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4];
+    }
+  }
+  __device__ __forceinline__ void copy_to(float (&c)[kMTiles][kNTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      c[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4] = items[i];
+    }
+  }
+};
+
+// Whether every row of a tensor starts on 16 bytes.
+template <typename Element>
+__host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {
+  const int64_t strides = view.stride[0] | view.stride[1] | view.stride[2];
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  return ((strides * static_cast<int64_t>(sizeof(Element)) | static_cast<int64_t>(address)) & 15) ==
+         0;
+}
+
+// The rows of one head as a source of tiles.
+template <typename Tile, bool kPlain>
+__device__ __forceinline__ auto source_of(const View& view, int batch, int head, int64_t rows,
+                                          int64_t width) {
+  using Element = typename Tile::Item;
+  return Tile::template Source<kPlain>::make(
+      at<const Element>(view, batch, head, 0), view.stride[2], static_cast<int>(rows),
+      static_cast<int>(width), rows_are_aligned<Element>(view));
+}
 
 }  // namespace attn_ext::cuda

@@ -17,6 +17,7 @@ constexpr int kThreads = 32 * kWarps;
 // kRows rows of kWidth elements at byte `kStart` of shared memory.
 template <typename Element, int kRows, int kWidth, uint32_t kStart>
 struct Tile {
+  using Item = Element;
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(Element));
   static constexpr int kChunks = kWidth / kChunk;
   static constexpr int kPanelChunks = kChunks % 8 == 0 ? 8 : 4;
@@ -38,62 +39,92 @@ struct Tile {
            column % kChunk * static_cast<uint32_t>(sizeof(Element));
   }
 
-  // Rows [0, rows) of `width` elements from global memory; zeros beyond.
-  template <bool kAligned>
-  __device__ __forceinline__ static void copy(const Element* from, int64_t stride, int rows,
-                                              int width) {
-    if constexpr (kAligned) {
-      constexpr int kRowsAtOnce = kThreads / kPanelChunks;
-      static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
-      const int chunk = static_cast<int>(threadIdx.x) % kPanelChunks;
-      const int first = static_cast<int>(threadIdx.x) / kPanelChunks;
-      const uint32_t to = kStart + first * kRowBytes + 16 * exchanged(first, chunk);
+  // Where tiles come from: `rows` rows of `width` elements in global memory. kPlain: every row
+  // starts on 16 bytes and is a whole number of chunks, and rows are less than 2^31 bytes apart, so
+  // that an address is one multiply-add. Else `aligned` says whether rows start so.
+  template <bool kPlain>
+  struct Source {
+    const Element* start;
+    int64_t stride;
+    int rows, width;
+    bool aligned;
+    const char* own;  // what this thread copies of a tile's first rows
+
+    __device__ __forceinline__ static Source make(const Element* start, int64_t stride, int rows,
+                                                  int width, bool aligned) {
+      const char* own = reinterpret_cast<const char*>(start + own_row() * stride);
+      return {start, stride, rows, width, kPlain || aligned, kept(own + 16 * own_chunk())};
+    }
+  };
+  __device__ __forceinline__ static int own_chunk() {
+    return static_cast<int>(threadIdx.x) % kPanelChunks;
+  }
+  __device__ __forceinline__ static int own_row() {
+    return static_cast<int>(threadIdx.x) / kPanelChunks;
+  }
+
+  // Rows of the source from `first` on; zeros beyond its last row and its width. What is not
+  // aligned goes element by element and at once. `shift`: as Lane's.
+  template <bool kPlain>
+  __device__ __forceinline__ static void copy(const Source<kPlain>& source, int first,
+                                              uint32_t shift = 0) {
+    constexpr int kRowsAtOnce = kThreads / kPanelChunks, kSize = static_cast<int>(sizeof(Element));
+    static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
+    if (!kPlain && !source.aligned) {
+      return copy_elements(source.start + first * source.stride, source.stride, source.rows - first,
+                           source.width, shift);
+    }
+    using Stride = std::conditional_t<kPlain, int, int64_t>;
+    const Stride stride = static_cast<Stride>(source.stride) * kSize;
+    const uint32_t to =
+        kStart + shift + own_row() * kRowBytes + 16 * exchanged(own_row(), own_chunk());
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int column = (panel * kPanelChunks + chunk) * kChunk;
-        const int left = width - column;
-        const int bytes =
-            left >= kChunk ? 16 : left > 0 ? left * static_cast<int>(sizeof(Element)) : 0;
-        const Element* source = from + first * stride + column;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int left = source.width - (panel * kPanelChunks + own_chunk()) * kChunk;
+      const int bytes = kPlain || left >= kChunk ? 16 : left > 0 ? left * kSize : 0;
+      const int existing = left > 0 ? source.rows - own_row() - first : 0;
 #pragma unroll
-        for (int row = 0; row < kRows; row += kRowsAtOnce) {
-          const bool exists = first + row < rows;
-          copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, source,
-                        exists ? bytes : 0);
-          source += kRowsAtOnce * stride;
-        }
+      for (int row = 0; row < kRows; row += kRowsAtOnce) {
+        const char* from = source.own + static_cast<int64_t>(first + row) * stride;
+        copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, from + 16 * panel * kPanelChunks,
+                      row < existing ? bytes : 0);
       }
-    } else {
-      for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
-        const int row = i / kWidth, column = i % kWidth;
-        Element x{};
-        if (row < rows && column < width) x = from[row * stride + column];
-        *reinterpret_cast<Element*>(shared_pointer(offset(row, column))) = x;
-      }
+    }
+  }
+  __device__ __attribute__((noinline)) static void copy_elements(const Element* from,
+                                                                 int64_t stride, int rows,
+                                                                 int width, uint32_t shift) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
+      const int row = i / kWidth, column = i % kWidth;
+      Element x{};
+      if (row < rows && column < width) x = from[row * stride + column];
+      *reinterpret_cast<Element*>(shared_pointer(offset(row, column) + shift)) = x;
     }
   }
 
   // Fragments of A or B that lie along the rows: the lane's part of the address, for rows
   // `row` + r0 and the two chunks of step `step`. The order of the four matrices differs.
   struct Lane {
-    uint32_t start;
+    uint32_t start, shift;
 
-    // Of A: rows 0 to 7, 8 to 15, then the same of the next chunk.
-    __device__ __forceinline__ static Lane of_a() {
+    // Of A, from `row` on: rows 0 to 7, 8 to 15, then the same of the next chunk. `shift`: bytes
+    // between this tile and the one meant, where several take turns.
+    __device__ __forceinline__ static Lane of_a(int row = 0, uint32_t shift = 0) {
       const int lane = lane_index();
-      return make(lane % 16, lane / 16);
+      return make(row + lane % 16, lane / 16, shift);
     }
     // Of B, two column groups: rows 0 to 7, the same of the next chunk, then rows 8 to 15.
-    __device__ __forceinline__ static Lane of_b() {
+    __device__ __forceinline__ static Lane of_b(uint32_t shift = 0) {
       const int lane = lane_index();
-      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2, shift);
     }
-    __device__ __forceinline__ static Lane make(int row, int chunk) {
-      return {row * kRowBytes + 16 * exchanged(row, chunk)};
+    __device__ __forceinline__ static Lane make(int row, int chunk, uint32_t shift) {
+      return {row * kRowBytes + 16 * exchanged(row, chunk), shift};
     }
     __device__ __forceinline__ uint32_t at(int first_row, int step) const {
       const uint32_t turned = start ^ static_cast<uint32_t>(2 * step % kPanelChunks * 16);
-      return turned + kStart + 2 * step / kPanelChunks * kPanelBytes + first_row * kRowBytes;
+      return turned + shift + kStart + 2 * step / kPanelChunks * kPanelBytes +
+             first_row * kRowBytes;
     }
   };
 };
@@ -102,7 +133,7 @@ struct Tile {
 template <typename Element>
 constexpr int kDepth = 32 / static_cast<int>(sizeof(Element));  // 16 or 8 elements
 
-// A (16 x depth) from `row` on.
+// A (16 x depth) from `row` of the lane's on.
 template <typename Tile>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], typename Tile::Lane lane, int row,
                                        int step) {
@@ -128,7 +159,8 @@ __device__ __forceinline__ void load_b_by_row(uint32_t (&b)[4], typename Tile::L
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t from = Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g);
+      const uint32_t from =
+          Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g) + lane.shift;
       b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(from));
     }
   }
@@ -151,16 +183,16 @@ __device__ __forceinline__ void accumulators_as_a(const float (&c)[kTiles][4], i
 }
 
 // C (16 kMTiles rows x 8 kNTiles columns) += A B^T, both along the rows of their tiles: queries and
-// keys, say. `row` is the first of A's.
+// keys, say.
 template <typename TileA, typename TileB, int kSteps, int kMTiles, int kNTiles, typename Element>
 __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
-                                              typename TileA::Lane lane_a, int row,
+                                              typename TileA::Lane lane_a,
                                               typename TileB::Lane lane_b, Element element) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, row + 16 * m, step);
+    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, 16 * m, step);
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
       uint32_t b[4];

@@ -287,3 +287,14 @@ def test_decoding_against_uninitialised_slots(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         attn_ext.attention(query, key, value, key_padding_mask=padding), expected
     )
+
+
+def test_lse_alone_does_not_keep_decoding_from_its_kernel() -> None:
+    query = torch.randn(2, 4, 1, 64)
+    key, value = (torch.randn(2, 2, 900, 64) for _ in range(2))
+    decoded = attn_ext.attention(query, key, value)
+    out, _ = attn_ext.attention(query, key, value, return_lse=True)
+    torch.testing.assert_close(out, decoded, rtol=0, atol=0)
+    # A backward pass wants the general kernel's order of summation, which shows in the last bits.
+    out, _ = attn_ext.attention(query.requires_grad_(), key, value, return_lse=True)
+    assert not torch.equal(out, decoded)

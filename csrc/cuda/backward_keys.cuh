@@ -1,0 +1,256 @@
+// Backward pass, second part: dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm
+// 2, the column's half of it).
+//
+// Grid: a block for kKeys keys of one key head. Block: four warps, each with 16 or 32 keys of its
+// own. The block's keys and values stay in shared memory; tiles of queries and output gradients of
+// all heads that share the key head pass by, copied ahead where two of them fit. Everything is
+// transposed, keys being the rows, so that weights go from accumulators to operands in registers:
+//     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - term)
+//     dV += P^T dO;  dK += dS^T Q
+// Heads wider than 192 take two passes, one for dV and one for dK, whose sums would not fit the
+// registers together. Tested like backward_queries.cuh.
+#pragma once
+
+#include "gradients.cuh"
+
+namespace attn_ext::cuda {
+
+enum class Pass { kBoth, kValues, kKeys };
+
+template <typename Element, int kWidth>
+struct KeyGradientShape {
+  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 64 ? 2 : 1;
+  static constexpr int kKeys = 16 * kMTiles * kWarps;
+  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
+  static constexpr int kRows = kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kStages = kRowBytes <= 768 ? 2 : 1;
+  using Keys = Tile<Element, kKeys, kWidth, 0>;
+  using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
+  // Of each stage; the second one's are the first's, kStageBytes further.
+  using Queries = Tile<Element, kRows, kWidth, Values::kEnd>;
+  using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
+  static constexpr uint32_t kStageBytes = Gradients::kEnd - Values::kEnd;
+  static constexpr uint32_t kTileRows = Values::kEnd + kStages * kStageBytes;
+  // What the rows of a tile bring along; minus their terms lie as a C fragment takes them, each
+  // pair of columns twice.
+  struct TileRows {
+    struct alignas(16) Quad {
+      float items[4];
+    };
+    struct alignas(8) Pair {
+      float items[2];
+    };
+    Quad minus_terms[kRows / 2];
+    Pair lse[kRows / 2], rest[kRows / 2];
+
+    __device__ __forceinline__ void set(int row, const RowValues& values) {
+      lse[row / 2].items[row % 2] = values.lse;
+      if (!kIsHalf<Element>) rest[row / 2].items[row % 2] = values.rest;
+      minus_terms[row / 2].items[row % 2] = minus_terms[row / 2].items[row % 2 + 2] = -values.term;
+    }
+    __device__ __forceinline__ RowValues get(int row) const {
+      return {lse[row / 2].items[row % 2], kIsHalf<Element> ? 0.0f : rest[row / 2].items[row % 2],
+              -minus_terms[row / 2].items[row % 2]};
+    }
+  };
+  static constexpr int kSharedBytes = kTileRows + sizeof(TileRows);
+};
+
+// One key's dK and dV by a whole warp, pair by pair.
+template <typename Element, int kWidth>
+__device__ __attribute__((noinline)) void careful_key(const Problem& p, const BackwardArguments& to,
+                                                      int batch, int key_head, int key) {
+  constexpr int kColumns = (kWidth + 31) / 32;
+  const int group = static_cast<int>(p.query_heads / p.key_heads);
+  const View none{};
+  float dk[kColumns] = {}, dv[kColumns] = {};
+  for (int i = 0; i < group; ++i) {
+    const Head head = Head::make(p, batch, key_head * group + i);
+    for (int row = 0; row < p.query_length; ++row) {
+      const RowValues values =
+          RowValues::load<Element>(p, to.lse, to.dweights ? none : to.row_term, head, row);
+      const PairGradient pair = careful_pair<Element>(p, to, head, row, key, values);
+      if (pair.weight == 0 && pair.of_product == 0) continue;
+      const Element* q = at<const Element>(p.query, head.batch, head.head, row);
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        const int d = lane_index() + 32 * column;
+        if (d < p.head_dim) dk[column] += pair.of_product * to_float(q[d]);
+        if (to.dout && d < p.value_dim) {
+          dv[column] +=
+              pair.weight * to_float(*at<const Element>(to.dout, batch, head.head, row, d));
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column) {
+    const int d = lane_index() + 32 * column;
+    if (d < p.head_dim) {
+      from_float(dk[column] * static_cast<float>(p.scale),
+                 at<Element>(to.dkey, batch, key_head, key, d));
+    }
+    if (to.dvalue && d < p.value_dim) {
+      from_float(dv[column], at<Element>(to.dvalue, batch, key_head, key, d));
+    }
+  }
+}
+
+// The tiles of rows that see some key of a block, in the order of work: those at an edge first.
+template <int kRows>
+__device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_key, int last_key,
+                                                   bool all_edges) {
+  // Row i sees key j if j - right <= i + diagonal <= j + left.
+  const auto within = [&](int64_t row) {
+    return static_cast<int>(row < 0 ? 0 : row < p.query_length ? row : p.query_length);
+  };
+  const int first = within(first_key - p.right - p.diagonal);
+  const int end = within(last_key + p.left - p.diagonal + 1);
+  const int full_first = within(last_key - p.right - p.diagonal);
+  const int full_end = within(first_key + p.left - p.diagonal + 1);
+  TileOrder order;
+  order.first = first / kRows;
+  order.count = max((end + kRows - 1) / kRows - order.first, 0);
+  order.full_first = (full_first + kRows - 1) / kRows;
+  // The last rows may be fewer than a tile has: those that do not exist have a weight of 0.
+  const int full_tiles =
+      full_end == p.query_length ? (full_end + kRows - 1) / kRows : full_end / kRows;
+  const int full = all_edges || last_key >= p.key_length ? 0 : full_tiles - order.full_first;
+  order.edges = order.count - max(full, 0);
+  return order;
+}
+
+template <typename Element, int kWidth, bool kGeneral, Pass kPass>
+__global__ void __launch_bounds__(kThreads)
+    key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
+  using Shape = KeyGradientShape<Element, kWidth>;
+  using Keys = typename Shape::Keys;
+  using Values = typename Shape::Values;
+  using Queries = typename Shape::Queries;
+  using Gradients = typename Shape::Gradients;
+  constexpr int kMTiles = Shape::kMTiles, kRows = Shape::kRows, kOutTiles = kWidth / 8;
+  constexpr int kSteps = kWidth / kDepth<Element>, kStages = Shape::kStages;
+  constexpr bool kWantsKeys = kPass != Pass::kValues, kWantsValues = kPass != Pass::kKeys;
+
+  const int query_length = static_cast<int>(p.query_length);
+  const int key_length = static_cast<int>(p.key_length);
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int blocks = (key_length + Shape::kKeys - 1) / Shape::kKeys;
+  const int pair = static_cast<int>(blockIdx.x) / blocks;
+  const int block = static_cast<int>(blockIdx.x) % blocks;
+  const int key_heads = static_cast<int>(p.key_heads);
+  const int batch = pair / key_heads, key_head = pair % key_heads;
+  const int group = static_cast<int>(p.query_heads) / key_heads;
+  const int first_key = block * Shape::kKeys;
+  const int keys = min(Shape::kKeys, key_length - first_key);
+  const TileOrder order =
+      order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
+  const bool weights_only = kGeneral && to.dweights;
+
+  constexpr bool kPlain = !kGeneral;
+  Keys::copy(source_of<Keys, kPlain>(p.key, batch, key_head, p.key_length, p.head_dim), first_key);
+  if (!weights_only) {
+    Values::copy(source_of<Values, kPlain>(p.value, batch, key_head, p.key_length, p.value_dim),
+                 first_key);
+  }
+
+  const int warp_key = warp_index() * 16 * kMTiles;
+  const auto lane_k = Keys::Lane::of_a(warp_key);
+  const auto lane_v = Values::Lane::of_a(warp_key);
+  float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
+  float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
+  uint32_t stage = 0;
+  auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
+  const int thread = static_cast<int>(threadIdx.x);
+
+  for (int i = 0; i < group; ++i) {
+    const Head head = Head::make(p, batch, key_head * group + i);
+    const auto queries =
+        source_of<Queries, kPlain>(p.query, batch, head.head, p.query_length, p.head_dim);
+    const auto douts =
+        source_of<Gradients, kPlain>(to.dout, batch, head.head, p.query_length, p.value_dim);
+    // LSE and term of row `thread` of a tile.
+    const float* lse = kept(at<const float>(to.lse, batch, head.head, thread));
+    const float* terms = kept(at<const float>(to.row_term, batch, head.head, thread));
+    RowValues ahead{};  // of the next tile's row of this thread
+    const auto copy_rows = [&](int row, uint32_t to_stage) {
+      Queries::copy(queries, row, to_stage);
+      if (!weights_only) Gradients::copy(douts, row, to_stage);
+      commit_copies();
+      ahead = {kInfinity, 0, 0};
+      if (thread >= kRows || row + thread >= query_length) return;
+      ahead = RowValues::make<Element>(
+          lse[row * static_cast<int>(to.lse.stride[2])],
+          weights_only ? 0.0f : terms[row * static_cast<int>(to.row_term.stride[2])]);
+    };
+
+    const auto visit = [&](int row, int next, auto edge) {
+      if (thread < kRows) tile_rows.set(thread, ahead);
+      wait_for_copies<0>();
+      synchronize_block();  // this tile is here; with two stages, the other's is read no more
+      const auto lane_q = Queries::Lane::of_b(stage);
+      const auto lane_q_by_row = Queries::Lane::of_a(0, stage);
+      const auto lane_do = Gradients::Lane::of_b(stage);
+      const auto lane_do_by_row = Gradients::Lane::of_a(0, stage);
+      if (kStages == 2) {
+        stage ^= Shape::kStageBytes;
+        if (next >= 0) copy_rows(next, stage);
+      }
+      float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4];
+      const auto values_of = [&](int, int n, int j) {
+        return tile_rows.get(8 * n + lane_index() % 4 * 2 + j % 2);
+      };
+      start_gradients<kPlain>(dp, values_of);
+      multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
+      if (!weights_only) {
+        multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
+      }
+      const auto place = Place<true>::of_lane(row, first_key + warp_key);
+      if constexpr (kGeneral) {
+        general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
+                                            [&](int of) { return tile_rows.get(of - row); });
+      } else {
+        plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
+      }
+      if constexpr (kWantsValues) {
+        if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});
+      }
+      if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row, Element{});
+      synchronize_block();  // nobody reads this tile or its row values any more
+      if (kStages == 1 && next >= 0) copy_rows(next, 0);
+    };
+    if (order.count > 0) copy_rows(order.tile(0) * kRows, stage);
+    for (int index = 0; index < order.edges; ++index) {
+      const int next = index + 1 < order.count ? order.tile(index + 1) * kRows : -1;
+      visit(order.tile(index) * kRows, next, std::true_type{});
+    }
+    if constexpr (!kGeneral) {
+      const int last = (order.full_first + order.count - order.edges - 1) * kRows;
+      for (int row = order.full_first * kRows; row <= last; row += kRows) {
+        visit(row, row < last ? row + kRows : -1, std::false_type{});
+      }
+    }
+  }
+  wait_for_copies<0>();
+
+  const auto write = [&](const View& view, int width, float factor, const auto& sums) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = first_key + warp_key + 16 * m + 8 * half + lane_index() / 4;
+        if (key >= key_length) continue;
+        write_row(at<Element>(view, batch, key_head, key), width, half, factor, sums[m], !kGeneral);
+      }
+    }
+  };
+  const auto redo = [&](int key) { careful_key<Element, kWidth>(p, to, batch, key_head, key); };
+  if constexpr (kWantsKeys) write(to.dkey, head_dim, static_cast<float>(p.scale), dk);
+  if constexpr (kWantsValues) {
+    if (!weights_only) write(to.dvalue, value_dim, 1.0f, dv);
+  }
+  if constexpr (kWantsKeys) redo_rows(dk, first_key + warp_key, key_length, redo);
+  if constexpr (kWantsValues) redo_rows(dv, first_key + warp_key, key_length, redo);
+}
+
+}  // namespace attn_ext::cuda

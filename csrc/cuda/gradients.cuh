@@ -1,0 +1,174 @@
+// What the backward kernels share: weights from products and LSE, and the gradients of scores.
+//     P = exp2(S - lse),  dS = P (keep * dP - term),  term = sum(dO * O) - dlse, a value a row
+#pragma once
+
+#include "forward.cuh"
+
+namespace attn_ext::cuda {
+
+// What a row brings along. LSE is in units of log2, +inf for a row that sees nothing, which makes
+// its weights 0; `rest` is what rounding took from it, which counts for float32.
+struct alignas(16) RowValues {
+  float lse, rest, term;
+
+  // Of a natural LSE.
+  template <typename Element>
+  __device__ __forceinline__ static RowValues make(float lse, float term) {
+    RowValues values{lse == -kInfinity ? kInfinity : lse * kLog2E, 0, term};
+    if (!kIsHalf<Element> && values.lse - values.lse == 0) {
+      constexpr double kExactLog2E = 1.4426950408889634074;
+      values.rest = static_cast<float>(lse * kExactLog2E - values.lse);
+    }
+    return values;
+  }
+  template <typename Element>
+  __device__ __forceinline__ static RowValues load(const Problem& p, const View& lse,
+                                                   const View& term, const Head& head, int row) {
+    if (row >= static_cast<int>(p.query_length)) return {kInfinity, 0, 0};
+    return make<Element>(*at<const float>(lse, head.batch, head.head, row),
+                         term ? *at<const float>(term, head.batch, head.head, row) : 0.0f);
+  }
+};
+
+// Of one pair: the (dropped) weight, and the gradients before and after the softcap.
+struct PairGradient {
+  float weight, of_score, of_product;
+};
+
+// `dweight`: the gradient that the weight gets, dP. With every term of the contract.
+__device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
+                                                         const BackwardArguments& to,
+                                                         const Head& head, int row, int key,
+                                                         float product, float dweight,
+                                                         const RowValues& values) {
+  PairGradient result{0, 0, 0};
+  if (row >= static_cast<int>(p.query_length)) return result;
+  float slope;
+  const float score = score_of(p, head, Visible::of_row(p, row), row, key, product, &slope);
+  if (score == -kInfinity) return result;
+  const float weight = exp2(score - values.lse - values.rest);
+  if (to.dweights) {
+    const int64_t index = head.batch * to.dweights.stride[0] + head.head * to.dweights.stride[1] +
+                          row * to.dweights.stride[2] + key * to.dweights.stride[3];
+    dweight = static_cast<float>(to.dweights_scale);
+    if (p.dtype == DType::kFloat32) dweight *= static_cast<const float*>(to.dweights.data)[index];
+    if (p.dtype == DType::kFloat16) {
+      dweight *= to_float(static_cast<const Float16*>(to.dweights.data)[index]);
+    }
+    if (p.dtype == DType::kBFloat16) {
+      dweight *= to_float(static_cast<const BFloat16*>(to.dweights.data)[index]);
+    }
+  }
+  const float keep = p.dropout_p > 0 ? keep_factor(p, head, row, key) : 1.0f;
+  result.weight = weight * keep;
+  result.of_score = weight * (dweight * keep - values.term);
+  result.of_product = result.of_score * slope;
+  return result;
+}
+
+// Which gradient of a score becomes of dP: that of the product, or that of the score itself, which
+// a mask gets.
+enum class Wanted { kProduct, kScore };
+
+// A tile of products becomes (dropped) weights, and dP becomes dS, with every term of the contract.
+// `rows` gives the RowValues of a row of the problem. The gradients of a row's scores are added to
+// `row_sums`, if given.
+template <Wanted kWanted, bool kTransposed, int kMTiles, int kNTiles, typename Rows>
+__device__ __forceinline__ void general_gradients(const Problem& p, const BackwardArguments& to,
+                                                  const Head& head, Place<kTransposed> place,
+                                                  float (&s)[kMTiles][kNTiles][4],
+                                                  float (&dp)[kMTiles][kNTiles][4], Rows rows,
+                                                  float (*row_sums)[2] = nullptr) {
+  Unrolled<kMTiles, kNTiles> weights(s), gradients(dp);
+  Unrolled<kMTiles, kNTiles> of_scores(dp);
+  for_each_place<kTransposed, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
+    const PairGradient pair = gradient_of_pair(p, to, head, row, key, weights.items[index],
+                                               gradients.items[index], rows(row));
+    weights.items[index] = pair.weight;
+    of_scores.items[index] = pair.of_score;
+    gradients.items[index] = kWanted == Wanted::kScore ? pair.of_score : pair.of_product;
+  });
+  weights.copy_to(s);
+  if (row_sums) {
+    of_scores.copy_to(dp);
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) row_sums[m][i / 2] += dp[m][n][i];
+      }
+    }
+  }
+  gradients.copy_to(dp);
+}
+
+// The same by one multiply-add, where the product alone makes the score, and dP started at minus
+// the row terms. `values_of` gives the RowValues of (m, n, i).
+template <typename Element, bool kEdge, bool kTransposed, int kMTiles, int kNTiles, typename Values>
+__device__ __forceinline__ void plain_gradients(const Problem& p, const Head& head,
+                                                Place<kTransposed> place,
+                                                float (&s)[kMTiles][kNTiles][4],
+                                                float (&dp)[kMTiles][kNTiles][4],
+                                                Values values_of) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const RowValues values = values_of(m, n, i);
+        float exponent = s[m][n][i] * head.scale - values.lse;
+        if constexpr (!kIsHalf<Element>) exponent -= values.rest;
+        const float weight = exp2(exponent);
+        bool hidden = false;
+        if constexpr (kEdge) {
+          const Visible visible = Visible::of_row(p, place.row(m, n, i));
+          const int key = place.key(m, n, i);
+          hidden = key < visible.begin || key >= visible.end;
+        }
+        dp[m][n][i] = hidden ? 0.0f : weight * dp[m][n][i];
+        s[m][n][i] = hidden ? 0.0f : weight;
+      }
+    }
+  }
+}
+
+// Where dP starts: at minus the row terms, for plain_gradients, or at 0.
+template <bool kPlain, int kMTiles, int kNTiles, typename Values>
+__device__ __forceinline__ void start_gradients(float (&dp)[kMTiles][kNTiles][4],
+                                                Values values_of) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[m][n][i] = kPlain ? -values_of(m, n, i).term : 0.0f;
+    }
+  }
+}
+
+// The products of one pair by a whole warp, and what follows from them.
+template <typename Element>
+__device__ inline PairGradient careful_pair(const Problem& p, const BackwardArguments& to,
+                                            const Head& head, int row, int key,
+                                            const RowValues& values) {
+  const Visible visible = Visible::of_row(p, row);
+  if (key < visible.begin || key >= visible.end) return {0, 0, 0};
+  const Element* q = at<const Element>(p.query, head.batch, head.head, row);
+  const Element* k = at<const Element>(p.key, head.batch, head.key_head, key);
+  float product = 0, dweight = 0;
+  for (int d = lane_index(); d < p.head_dim; d += 32) product += to_float(q[d]) * to_float(k[d]);
+  if (to.dout) {
+    const Element* v = at<const Element>(p.value, head.batch, head.key_head, key);
+    const Element* dout = at<const Element>(to.dout, head.batch, head.head, row);
+    for (int d = lane_index(); d < p.value_dim; d += 32) {
+      dweight += to_float(v[d]) * to_float(dout[d]);
+    }
+  }
+  const auto add = [](float a, float b) { return a + b; };
+  product = over_warp(product, add), dweight = over_warp(dweight, add);
+  return gradient_of_pair(p, to, head, row, key, product, dweight, values);
+}
+
+}  // namespace attn_ext::cuda
