@@ -110,14 +110,16 @@ class Toolkit:
         self.runtime = next((str(library) for library in libraries if library.exists()), None)
         if self.runtime is None:
             raise RuntimeError(f"the CUDA toolkit in {top} has no libcudart_static.a")
-        jobs = environment.get("ATTN_EXT_BUILD_JOBS", "0")
+        jobs = int(environment.get("ATTN_EXT_BUILD_JOBS", "0")) or os.cpu_count() or 1
         # From 13 on the mode exists; its drivers can unpack it.
         compress = "-compress-mode=size" if self.major >= 13 else "-Xfatbin=-compress-all"
         self.flags = [
             "-O3",
             "-std=c++17",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
-            f"--threads={jobs}",  # architectures of one file side by side
+            # Three files take long, side by side; where that leaves cores idle, architectures of
+            # a file too. More would only take memory: a ptxas takes a GiB.
+            f"--threads={max(1, jobs // 3)}",
             compress,
             *self.architectures.flags(),
         ]
