@@ -48,9 +48,11 @@ struct KeyGradientShape {
       if (!kIsHalf<Element>) rest[row / 2].items[row % 2] = values.rest;
       minus_terms[row / 2].items[row % 2] = minus_terms[row / 2].items[row % 2 + 2] = -values.term;
     }
-    __device__ __forceinline__ RowValues get(int row) const {
-      return {lse[row / 2].items[row % 2], kIsHalf<Element> ? 0.0f : rest[row / 2].items[row % 2],
-              -minus_terms[row / 2].items[row % 2]};
+    __device__ __forceinline__ RowValues get(int pair, int item) const {
+      const Pair both_lse = lse[pair];
+      const Pair both_rest = kIsHalf<Element> ? Pair{} : rest[pair];
+      const Quad terms = minus_terms[pair];
+      return {both_lse.items[item], both_rest.items[item], -terms.items[item]};
     }
   };
   static constexpr int kSharedBytes = kTileRows + sizeof(TileRows);
@@ -147,11 +149,9 @@ __global__ void __launch_bounds__(kThreads)
       order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
-  constexpr bool kPlain = !kGeneral;
-  Keys::copy(source_of<Keys, kPlain>(p.key, batch, key_head, p.key_length, p.head_dim), first_key);
+  source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
   if (!weights_only) {
-    Values::copy(source_of<Values, kPlain>(p.value, batch, key_head, p.key_length, p.value_dim),
-                 first_key);
+    source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim).copy(first_key);
   }
 
   const int warp_key = warp_index() * 16 * kMTiles;
@@ -163,19 +163,20 @@ __global__ void __launch_bounds__(kThreads)
   auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
   const int thread = static_cast<int>(threadIdx.x);
 
+  using Scores = float[kMTiles][kRows / 8][4];
   for (int i = 0; i < group; ++i) {
     const Head head = Head::make(p, batch, key_head * group + i);
     const auto queries =
-        source_of<Queries, kPlain>(p.query, batch, head.head, p.query_length, p.head_dim);
+        source_of<Queries, !kGeneral>(p.query, batch, head.head, p.query_length, p.head_dim);
     const auto douts =
-        source_of<Gradients, kPlain>(to.dout, batch, head.head, p.query_length, p.value_dim);
+        source_of<Gradients, !kGeneral>(to.dout, batch, head.head, p.query_length, p.value_dim);
     // LSE and term of row `thread` of a tile.
     const float* lse = kept(at<const float>(to.lse, batch, head.head, thread));
     const float* terms = kept(at<const float>(to.row_term, batch, head.head, thread));
     RowValues ahead{};  // of the next tile's row of this thread
     const auto copy_rows = [&](int row, uint32_t to_stage) {
-      Queries::copy(queries, row, to_stage);
-      if (!weights_only) Gradients::copy(douts, row, to_stage);
+      queries.copy(row, to_stage);
+      if (!weights_only) douts.copy(row, to_stage);
       commit_copies();
       ahead = {kInfinity, 0, 0};
       if (thread >= kRows || row + thread >= query_length) return;
@@ -196,19 +197,20 @@ __global__ void __launch_bounds__(kThreads)
         stage ^= Shape::kStageBytes;
         if (next >= 0) copy_rows(next, stage);
       }
-      float s[kMTiles][kRows / 8][4] = {}, dp[kMTiles][kRows / 8][4];
+      Scores s = {}, dp;
       const auto values_of = [&](int, int n, int j) {
-        return tile_rows.get(8 * n + lane_index() % 4 * 2 + j % 2);
+        return tile_rows.get(4 * n + lane_index() % 4, j % 2);
       };
-      start_gradients<kPlain>(dp, values_of);
+      start_gradients<!kGeneral>(dp, values_of);
       multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
       if (!weights_only) {
         multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
       }
       const auto place = Place<true>::of_lane(row, first_key + warp_key);
       if constexpr (kGeneral) {
-        general_gradients<Wanted::kProduct>(p, to, head, place, s, dp,
-                                            [&](int of) { return tile_rows.get(of - row); });
+        general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, [&](int of) {
+          return tile_rows.get((of - row) / 2, (of - row) % 2);
+        });
       } else {
         plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
       }

@@ -108,18 +108,17 @@ __global__ void __launch_bounds__(kThreads)
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
-  constexpr bool kPlain = !kGeneral;
   const auto queries =
-      source_of<Queries, kPlain>(p.query, head.batch, head.head, p.query_length, p.head_dim);
+      source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
   const auto douts =
-      source_of<Gradients, kPlain>(to.dout, head.batch, head.head, p.query_length, p.value_dim);
+      source_of<Gradients, !kGeneral>(to.dout, head.batch, head.head, p.query_length, p.value_dim);
   const auto keys =
-      source_of<Keys, kPlain>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
+      source_of<Keys, !kGeneral>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
   const auto values =
-      source_of<Values, kPlain>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
-  Queries::copy(queries, first_row);
-  if (!weights_only) Gradients::copy(douts, first_row);
-  if (order.count > 0) Keys::copy(keys, order.tile(0) * kKeys);
+      source_of<Values, !kGeneral>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
+  queries.copy(first_row);
+  if (!weights_only) douts.copy(first_row);
+  if (order.count > 0) keys.copy(order.tile(0) * kKeys);
   commit_copies();
 
   const int g = lane_index() / 4, warp_row = warp_index() * 16 * kMTiles;
@@ -139,13 +138,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   float dq[kMTiles][kOutTiles][4] = {}, sums[kMTiles][2] = {};
 
+  using Scores = float[kMTiles][kKeys / 8][4];
   const auto visit = [&](int key, int next, auto edge) {
-    float s[kMTiles][kKeys / 8][4] = {}, dp[kMTiles][kKeys / 8][4];
+    Scores s = {}, dp;
     const auto values_of = [&](int m, int, int i) { return row_values[m][i / 2]; };
     start_gradients<!kGeneral>(dp, values_of);
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    if (!weights_only) Values::copy(values, key);
+    if (!weights_only) values.copy(key);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     multiply_accumulators<Keys>(dq, dp, lane_k_by_row, Element{});
     synchronize_block();  // nobody reads the keys any more
-    if (next >= 0) Keys::copy(keys, next);
+    if (next >= 0) keys.copy(next);
     commit_copies();
   };
   for (int index = 0; index < order.edges; ++index) {

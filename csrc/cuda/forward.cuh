@@ -280,16 +280,15 @@ __global__ void __launch_bounds__(kThreads)
   const int rows = min(Shape::kRows, query_length - first_row);
   const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
 
-  constexpr bool kPlain = !kGeneral;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const auto queries =
-      source_of<Queries, kPlain>(p.query, head.batch, head.head, p.query_length, p.head_dim);
+      source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
   const auto keys =
-      source_of<Keys, kPlain>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
+      source_of<Keys, !kGeneral>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
   const auto values =
-      source_of<Values, kPlain>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
-  Queries::copy(queries, first_row);
-  if (order.count > 0) Keys::copy(keys, order.tile(0) * kKeys);
+      source_of<Values, !kGeneral>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
+  queries.copy(first_row);
+  if (order.count > 0) keys.copy(order.tile(0) * kKeys);
   commit_copies();
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
@@ -311,16 +310,17 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  using Scores = float[kMTiles][kKeys / 8][4];
   const auto visit = [&](int key, int next, auto edge) {
-    float s[kMTiles][kKeys / 8][4] = {};
+    Scores s = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    Values::copy(values, key);
+    values.copy(key);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
-    if (next >= 0) Keys::copy(keys, next);
+    if (next >= 0) keys.copy(next);
     commit_copies();
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {

@@ -68,10 +68,8 @@ __global__ void __launch_bounds__(kThreads)
     const auto place = Place<false>::of_lane(row + warp_row, key);
     float s[1][kNTiles][4] = {}, dp[1][kNTiles][4] = {};
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::copy(
-        source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim), row);
-    Keys::copy(source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim),
-               key);
+    source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim).copy(row);
+    source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim).copy(key);
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
@@ -79,12 +77,10 @@ __global__ void __launch_bounds__(kThreads)
                                          Element{});
     if (to.dout) {
       synchronize_block();
-      Queries::copy(
-          source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim),
-          row);
-      Keys::copy(
-          source_of<Keys, false>(p.value, head.batch, head.key_head, p.key_length, p.value_dim),
-          key);
+      source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
+          .copy(row);
+      source_of<Keys, false>(p.value, head.batch, head.key_head, p.key_length, p.value_dim)
+          .copy(key);
       commit_copies();
       wait_for_copies<0>();
       synchronize_block();

@@ -172,12 +172,12 @@ __host__ __device__ __forceinline__ bool rows_are_aligned(const View& view) {
 
 // The rows of one head as a source of tiles.
 template <typename Tile, bool kPlain>
-__device__ __forceinline__ auto source_of(const View& view, int batch, int head, int64_t rows,
-                                          int64_t width) {
+__device__ __forceinline__ Source<Tile, kPlain> source_of(const View& view, int batch, int head,
+                                                          int64_t rows, int64_t width) {
   using Element = typename Tile::Item;
-  return Tile::template Source<kPlain>::make(
-      at<const Element>(view, batch, head, 0), view.stride[2], static_cast<int>(rows),
-      static_cast<int>(width), rows_are_aligned<Element>(view));
+  return Source<Tile, kPlain>::make(at<const Element>(view, batch, head, 0), view.stride[2],
+                                    static_cast<int>(rows), static_cast<int>(width),
+                                    rows_are_aligned<Element>(view));
 }
 
 }  // namespace attn_ext::cuda

@@ -18,6 +18,7 @@ constexpr int kThreads = 32 * kWarps;
 template <typename Element, int kRows, int kWidth, uint32_t kStart>
 struct Tile {
   using Item = Element;
+  static constexpr int kTileRows = kRows, kTileWidth = kWidth;
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(Element));
   static constexpr int kChunks = kWidth / kChunk;
   static constexpr int kPanelChunks = kChunks % 8 == 0 ? 8 : 4;
@@ -26,80 +27,19 @@ struct Tile {
   static constexpr uint32_t kPanelBytes = kRows * kRowBytes;
   static constexpr uint32_t kEnd = kStart + kPanels * kPanelBytes;
   static_assert(kChunks % 4 == 0, "a row is a whole number of panels");
-  static_assert(kThreads % kPanelChunks == 0, "every thread stays in one column of chunks");
 
   __device__ __forceinline__ static uint32_t exchanged(int row, int chunk) {
     return static_cast<uint32_t>(chunk ^ (kPanelChunks == 8 ? row & 7 : row >> 1 & 3));
   }
+  // Where a chunk of the first panel lies.
+  __device__ __forceinline__ static uint32_t chunk_offset(int row, int chunk) {
+    return kStart + row * kRowBytes + 16 * exchanged(row, chunk);
+  }
   // Where an element lies.
   __device__ __forceinline__ static uint32_t offset(int row, int column) {
     const int chunk = column / kChunk, panel = chunk / kPanelChunks;
-    return kStart + panel * kPanelBytes + row * kRowBytes +
-           16 * exchanged(row, chunk % kPanelChunks) +
+    return chunk_offset(row, chunk % kPanelChunks) + panel * kPanelBytes +
            column % kChunk * static_cast<uint32_t>(sizeof(Element));
-  }
-
-  // Where tiles come from: `rows` rows of `width` elements in global memory. kPlain: every row
-  // starts on 16 bytes and is a whole number of chunks, and rows are less than 2^31 bytes apart, so
-  // that an address is one multiply-add. Else `aligned` says whether rows start so.
-  template <bool kPlain>
-  struct Source {
-    const Element* start;
-    int64_t stride;
-    int rows, width;
-    bool aligned;
-    const char* own;  // what this thread copies of a tile's first rows
-
-    __device__ __forceinline__ static Source make(const Element* start, int64_t stride, int rows,
-                                                  int width, bool aligned) {
-      const char* own = reinterpret_cast<const char*>(start + own_row() * stride);
-      return {start, stride, rows, width, kPlain || aligned, kept(own + 16 * own_chunk())};
-    }
-  };
-  __device__ __forceinline__ static int own_chunk() {
-    return static_cast<int>(threadIdx.x) % kPanelChunks;
-  }
-  __device__ __forceinline__ static int own_row() {
-    return static_cast<int>(threadIdx.x) / kPanelChunks;
-  }
-
-  // Rows of the source from `first` on; zeros beyond its last row and its width. What is not
-  // aligned goes element by element and at once. `shift`: as Lane's.
-  template <bool kPlain>
-  __device__ __forceinline__ static void copy(const Source<kPlain>& source, int first,
-                                              uint32_t shift = 0) {
-    constexpr int kRowsAtOnce = kThreads / kPanelChunks, kSize = static_cast<int>(sizeof(Element));
-    static_assert(kRows % kRowsAtOnce == 0, "all threads copy equally much");
-    if (!kPlain && !source.aligned) {
-      return copy_elements(source.start + first * source.stride, source.stride, source.rows - first,
-                           source.width, shift);
-    }
-    using Stride = std::conditional_t<kPlain, int, int64_t>;
-    const Stride stride = static_cast<Stride>(source.stride) * kSize;
-    const uint32_t to =
-        kStart + shift + own_row() * kRowBytes + 16 * exchanged(own_row(), own_chunk());
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const int left = source.width - (panel * kPanelChunks + own_chunk()) * kChunk;
-      const int bytes = kPlain || left >= kChunk ? 16 : left > 0 ? left * kSize : 0;
-      const int existing = left > 0 ? source.rows - own_row() - first : 0;
-#pragma unroll
-      for (int row = 0; row < kRows; row += kRowsAtOnce) {
-        const char* from = source.own + static_cast<int64_t>(first + row) * stride;
-        copy_16_bytes(to + panel * kPanelBytes + row * kRowBytes, from + 16 * panel * kPanelChunks,
-                      row < existing ? bytes : 0);
-      }
-    }
-  }
-  __device__ __attribute__((noinline)) static void copy_elements(const Element* from,
-                                                                 int64_t stride, int rows,
-                                                                 int width, uint32_t shift) {
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
-      const int row = i / kWidth, column = i % kWidth;
-      Element x{};
-      if (row < rows && column < width) x = from[row * stride + column];
-      *reinterpret_cast<Element*>(shared_pointer(offset(row, column) + shift)) = x;
-    }
   }
 
   // Fragments of A or B that lie along the rows: the lane's part of the address, for rows
@@ -127,6 +67,67 @@ struct Tile {
              first_row * kRowBytes;
     }
   };
+};
+
+// Where tiles come from: `rows` rows of `width` elements in global memory. kPlain: every row starts
+// on 16 bytes and is a whole number of chunks, and rows are less than 2^31 bytes apart, so that an
+// address is one multiply-add. Else `aligned` says whether rows start so.
+template <typename Tile, bool kPlain>
+struct Source {
+  using Element = typename Tile::Item;
+  const Element* start;
+  int64_t stride;
+  int rows, width;
+  bool aligned;
+  const char* own;  // what this thread copies of a tile's first rows
+
+  static constexpr int kRowsAtOnce = kThreads / Tile::kPanelChunks;
+  static_assert(Tile::kTileRows % kRowsAtOnce == 0, "all threads copy equally much");
+
+  __device__ __forceinline__ static Source make(const Element* start, int64_t stride, int rows,
+                                                int width, bool aligned) {
+    const char* own = reinterpret_cast<const char*>(start + own_row() * stride);
+    return {start, stride, rows, width, kPlain || aligned, kept(own + 16 * own_chunk())};
+  }
+  __device__ __forceinline__ static int own_chunk() {
+    return static_cast<int>(threadIdx.x) % Tile::kPanelChunks;
+  }
+  __device__ __forceinline__ static int own_row() {
+    return static_cast<int>(threadIdx.x) / Tile::kPanelChunks;
+  }
+
+  // Copies a tile, the rows from `first` on; zeros beyond the last row and the width. What is not
+  // aligned goes element by element and at once. `shift`: as Lane's.
+  __device__ __forceinline__ void copy(int first, uint32_t shift = 0) const {
+    if (!kPlain && !aligned) return copy_elements(first, shift);
+    constexpr int kSize = static_cast<int>(sizeof(Element));
+    using Stride = std::conditional_t<kPlain, int, int64_t>;
+    const Stride step = static_cast<Stride>(stride) * kSize;
+    const uint32_t to = shift + Tile::chunk_offset(own_row(), own_chunk());
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const int left = width - (panel * Tile::kPanelChunks + own_chunk()) * Tile::kChunk;
+      const int bytes = kPlain || left >= Tile::kChunk ? 16 : left > 0 ? left * kSize : 0;
+      const int existing = left > 0 ? rows - own_row() - first : 0;
+#pragma unroll
+      for (int row = 0; row < Tile::kTileRows; row += kRowsAtOnce) {
+        const char* from = own + static_cast<int64_t>(first + row) * step;
+        copy_16_bytes(to + panel * Tile::kPanelBytes + row * Tile::kRowBytes,
+                      from + 16 * panel * Tile::kPanelChunks, row < existing ? bytes : 0);
+      }
+    }
+  }
+
+ private:
+  __device__ __attribute__((noinline)) void copy_elements(int first, uint32_t shift) const {
+    for (int i = static_cast<int>(threadIdx.x); i < Tile::kTileRows * Tile::kTileWidth;
+         i += kThreads) {
+      const int row = i / Tile::kTileWidth, column = i % Tile::kTileWidth;
+      Element x{};
+      if (first + row < rows && column < width) x = start[(first + row) * stride + column];
+      *reinterpret_cast<Element*>(shared_pointer(Tile::offset(row, column) + shift)) = x;
+    }
+  }
 };
 
 // What a step of a product takes: two chunks along the summed dimension.

@@ -45,11 +45,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < count; ++i) {
     const Head head = Head::make(p, batch, first_head + i);
     synchronize_block();  // nobody reads the tiles before any more
-    Queries::copy(
-        source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim),
-        first_row);
-    Keys::copy(source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim),
-               key);
+    source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim)
+        .copy(first_row);
+    source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim).copy(key);
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();

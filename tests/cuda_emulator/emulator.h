@@ -37,6 +37,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #endif
 #ifndef __launch_bounds__  // CUDA's host headers define the others only
+#define __grid_constant__
 #define __launch_bounds__(...)
 #endif
 
