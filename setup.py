@@ -1,7 +1,7 @@
 """Builds the native modules. Metadata and tool settings are in pyproject.toml.
 
 torch is not needed to build: bindings pass addresses (see csrc/attention.h), so that one binary
-    serves every torch release.
+serves every torch release.
 """
 
 import os
