@@ -1,8 +1,9 @@
 # Every target sets up what it needs in .venv, and reuses what is there.
 PYTHON ?= python3
 BIN := .venv/bin
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp bench/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+NATIVE := setup.py setup_cuda.py pyproject.toml $(CSRC)
+CXX_FILES := $(CSRC) $(wildcard bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
 .PHONY: demo test exhaustive sanitize bench bench-cpu lint format stubs wheel clean
 
@@ -36,7 +37,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-stubs: .venv/built  ## regenerate the native module's type stubs
+stubs: .venv/built  ## regenerate the native modules' type stubs
 	$(BIN)/python tests/stubs.py
 
 wheel:  ## build a wheel; needs no torch

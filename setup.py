@@ -1,31 +1,20 @@
 """Builds the native modules. Metadata and tool settings are in pyproject.toml.
 
 torch is not needed to build: bindings pass addresses (see csrc/attention.h), so that one binary
-    serves every torch release.
+serves every torch release.
 """
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+import os
+import sys
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
-HEADERS = [
-    "csrc/attention.h",
-    "csrc/philox.h",
-    "csrc/cpu/amx.h",
-    "csrc/cpu/backward.h",
-    "csrc/cpu/decode.h",
-    "csrc/cpu/decode_products.h",
-    "csrc/cpu/forward.h",
-    "csrc/cpu/headers.h",
-    "csrc/cpu/instruction_set.h",
-    "csrc/cpu/kernels.h",
-    "csrc/cpu/linear.h",
-    "csrc/cpu/matmul.h",
-    "csrc/cpu/matmul_amx.h",
-    "csrc/cpu/scores.h",
-    "csrc/cpu/simd.h",
-    "csrc/cpu/tile.h",
-    "csrc/cpu/weights.h",
-]
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which build isolation leaves out
+import setup_cuda
+
+COMMON_HEADERS = glob("csrc/*.h")
 
 # No -march: each instruction set names its features in its own file. NaN and inf are respected.
 # -Wno-uninitialized: GCC 12 warns about its own AVX-512 header.
@@ -38,25 +27,44 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
 ]
 
+extensions = [
+    Pybind11Extension(
+        "attn_ext._cpu",
+        [
+            "csrc/bindings_cpu.cpp",
+            "csrc/cpu/amx.cpp",
+            "csrc/cpu/avx512.cpp",
+            "csrc/cpu/avx512_bf16.cpp",
+            "csrc/cpu/avx2.cpp",
+            "csrc/cpu/portable.cpp",
+        ],
+        depends=[*COMMON_HEADERS, *glob("csrc/cpu/*.h")],
+        cxx_std=17,
+        extra_compile_args=COMPILE_FLAGS,
+        extra_link_args=["-fopenmp"],
+    )
+]
+
+nvcc = setup_cuda.wanted_nvcc(os.environ)
+if nvcc is not None:
+    toolkit = setup_cuda.BuildExtension.toolkit = setup_cuda.Toolkit(nvcc, os.environ)
+    extensions.append(
+        Pybind11Extension(
+            "attn_ext._cuda",
+            [
+                "csrc/cuda/backward.cu",
+                "csrc/cuda/forward.cu",
+                "csrc/cuda/weights.cu",
+                "csrc/cuda/device.cu",
+                "csrc/bindings_cuda.cpp",
+            ],
+            depends=[*COMMON_HEADERS, *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh")],
+            cxx_std=17,
+            extra_objects=[toolkit.runtime],
+            libraries=["dl", "pthread", "rt"],
+        )
+    )
+
 ParallelCompile("ATTN_EXT_BUILD_JOBS", default=0).install()
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "attn_ext._cpu",
-            [
-                "csrc/bindings_cpu.cpp",
-                "csrc/cpu/amx.cpp",
-                "csrc/cpu/avx512.cpp",
-                "csrc/cpu/avx512_bf16.cpp",
-                "csrc/cpu/avx2.cpp",
-                "csrc/cpu/portable.cpp",
-            ],
-            depends=HEADERS,
-            cxx_std=17,
-            extra_compile_args=COMPILE_FLAGS,
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": build_ext},
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": setup_cuda.BuildExtension})

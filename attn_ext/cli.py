@@ -10,7 +10,7 @@ import torch
 
 import attn_ext
 from attn_ext import dispatch
-from attn_ext.backends import cpu
+from attn_ext.backends import cpu, cuda
 
 
 def info() -> str:
@@ -27,7 +27,8 @@ def info() -> str:
         f"in use        {cpu.capability}"
         + (f" (ATTN_EXT_CPU_CAPABILITY={override})" if override else ""),
         f"threads       {cpu.num_threads()} (torch.set_num_threads)",
-        f"cuda devices  {torch.cuda.device_count()}",
+        f"cuda kernels  {', '.join(cuda.architectures()) or 'not built'}",
+        f"cuda devices  {_cuda_devices()}",
         "",
     ]  # fmt: skip
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -38,6 +39,17 @@ def info() -> str:
             lines += [f"  {line}" for line in str(attn_ext.explain(*tensors)).splitlines()]
     lines += ["", f"backends, the preferred first: {', '.join(dispatch.BACKENDS)}"]
     return "\n".join(lines)
+
+
+def _cuda_devices() -> str:
+    found = [
+        f"cuda:{index} {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        for index in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(index)]
+    ]
+    if found:
+        return "; ".join(found)
+    return f"none ({cuda.no_device_reason() or 'this torch was built without CUDA'})"
 
 
 def main(arguments: list[str] | None = None) -> None:

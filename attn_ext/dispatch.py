@@ -16,7 +16,7 @@ from types import ModuleType
 
 from attn_ext.problem import Problem
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 """Every backend, the preferred ones first."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)

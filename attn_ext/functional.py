@@ -80,7 +80,8 @@ def attention(
         generator: where the seed is drawn; PyTorch's default CPU generator if None.
         q_start: absolute position of the first query, for causality, windows, ALiBi and dropout.
         k_start: absolute position of the first key.
-        backend: "cpu" or "reference"; it never falls back. None chooses: see `attn_ext.explain`.
+        backend: "cuda", "cpu" or "reference"; it never falls back. None chooses: see
+            `attn_ext.explain`.
 
     Returns:
         The output (B, Hq, Lq, Dv) in query's dtype and memory order; with return_lse also the LSE

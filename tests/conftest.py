@@ -1,28 +1,47 @@
-"""Fixtures: every backend of this machine, the CPU kernels once for each instruction set it has."""
+"""Fixtures: every backend of this machine, the CPU kernels once for each instruction set it has.
+
+The CUDA kernels are run by an emulator, once for each architecture whose code differs.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
+import emulated
 import pytest
 import torch
 
+from attn_ext import dispatch
 from attn_ext.backends import cpu
-from attn_ext.dispatch import BACKENDS
 
 CPU_CAPABILITIES = [name for name, present in cpu.capabilities().items() if present]
-BACKEND_IDS = [
-    identifier
-    for name in BACKENDS
-    for identifier in ([f"cpu-{c}" for c in CPU_CAPABILITIES] if name == "cpu" else [name])
-]
+EMULATED_IDS = [f"cuda_emulated-{architecture}" for architecture in emulated.ARCHITECTURES]
+BACKEND_IDS = [*(f"cpu-{name}" for name in CPU_CAPABILITIES), *EMULATED_IDS, "reference"]
 
 
 @pytest.fixture(params=BACKEND_IDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a backend; for the CPU one, with one of its instruction sets in force."""
-    name, _, capability = request.param.partition("-")
-    if capability:
-        monkeypatch.setattr(cpu, "capability", capability)
+    """The name of a backend, with one of its instruction sets or architectures in force."""
+    name, _, variant = request.param.partition("-")
+    if name == "cpu":
+        monkeypatch.setattr(cpu, "capability", variant)
+    if name == "cuda_emulated":
+        # Last: it takes CPU tensors, and nothing may choose it by itself.
+        monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, name))
+        monkeypatch.setitem(dispatch._modules, name, emulated.backend(int(variant)))
     return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Skips a test of a problem that the CUDA kernels refuse, and are meant to."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if re.match(emulated.REFUSALS, str(error)):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ exec g++ "$@" -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
   -DATTN_EXT_EMULATE_AMX
 END
 chmod +x "$folder/compiler"
-CC="$folder/compiler" CXX="$folder/compiler" .venv/bin/python setup.py --quiet build_ext \
+ATTN_EXT_CUDA=0 CC="$folder/compiler" CXX="$folder/compiler" .venv/bin/python setup.py --quiet build_ext \
   --build-lib "$folder" --build-temp "$folder/temp"
 # Leaks are not looked for: Python and torch keep memory for the life of the process.
 # One thread: libgomp is not instrumented. From inside the folder, so that its attn_ext is the one imported.

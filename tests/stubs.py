@@ -1,27 +1,33 @@
-"""Regenerates attn_ext/_cpu.pyi from the built module, or checks that it is up to date (--check)."""
+"""Regenerates the native modules' stubs, or checks that they are up to date (--check).
+
+A module that was not built keeps the stub that it has.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import subprocess
 import sys
 import tempfile
 
-STUB = pathlib.Path(__file__).parent.parent / "attn_ext" / "_cpu.pyi"
+PACKAGE = pathlib.Path(__file__).parent.parent / "attn_ext"
+MODULES = ("_cpu", "_cuda")
 
 
-def generated() -> str:
-    """What pybind11-stubgen writes for attn_ext._cpu, in the house's format."""
+def generated(module: str) -> str:
+    """What pybind11-stubgen writes for a module of attn_ext, in the house's format."""
+    stub = f"{module}.pyi"
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "pybind11_stubgen", "attn_ext._cpu", "-o", folder],
+            [sys.executable, "-m", "pybind11_stubgen", f"attn_ext.{module}", "-o", folder],
             check=True,
             capture_output=True,
         )
-        text = (pathlib.Path(folder) / "attn_ext" / "_cpu.pyi").read_text()
+        text = (pathlib.Path(folder) / "attn_ext" / stub).read_text()
         for command in (["check", "--fix", "--quiet"], ["format", "--quiet"]):
             text = subprocess.run(
-                [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(STUB), "-"],
+                [sys.executable, "-m", "ruff", *command, "--stdin-filename", PACKAGE / stub, "-"],
                 input=text,
                 check=True,
                 capture_output=True,
@@ -31,11 +37,15 @@ def generated() -> str:
 
 
 def main() -> None:
-    text = generated()
-    if "--check" not in sys.argv:
-        STUB.write_text(text)
-    elif STUB.read_text() != text:
-        sys.exit(f"{STUB} is out of date: run `make stubs`")
+    for module in MODULES:
+        if importlib.util.find_spec(f"attn_ext.{module}") is None:
+            print(f"attn_ext.{module} is not built: its stub is left alone", file=sys.stderr)
+            continue
+        stub, text = PACKAGE / f"{module}.pyi", generated(module)
+        if "--check" not in sys.argv:
+            stub.write_text(text)
+        elif stub.read_text() != text:
+            sys.exit(f"{stub} is out of date: run `make stubs`")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"attn_ext      {attn_ext.__version__}" in text
     assert f"torch         {torch.__version__}" in text
     assert f"in use        {cpu.capability}" in text
-    assert "cpu, bfloat16:\n  cpu would run\n    not reference: 'cpu' is preferred" in text
+    assert "cpu, bfloat16:\n  cpu would run\n    not cuda: " in text
+    assert "    not reference: 'cpu' is preferred\n" in text
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

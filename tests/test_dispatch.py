@@ -86,8 +86,11 @@ def test_explain() -> None:
     tensors = [torch.zeros(1, 2, 3, 4) for _ in range(3)]
     explanation = attn_ext.explain(*tensors, causal=True, dropout_p=0.1, seed=3)
     assert explanation.backend == "cpu"
-    assert explanation.reasons == {"reference": ["'cpu' is preferred"]}
-    assert str(explanation) == "cpu would run\n  not reference: 'cpu' is preferred"
+    assert list(explanation.reasons) == ["cuda", "reference"]
+    assert "query is on cpu, and this backend takes CUDA tensors" in explanation.reasons["cuda"]
+    assert explanation.reasons["reference"] == ["'cpu' is preferred"]
+    assert str(explanation).startswith("cpu would run\n  not cuda: ")
+    assert str(explanation).endswith("\n  not reference: 'cpu' is preferred")
     explanation = attn_ext.explain(*(x.to("meta") for x in tensors), backend="cpu")
     assert explanation.backend is None
     assert "query is on meta" in explanation.reasons["cpu"][0]

@@ -41,10 +41,18 @@ def test_every_public_name_is_in_readme_and_documented() -> None:
         assert not callable(value) or value.__doc__, name
 
 
-def test_every_header_is_a_dependency_of_the_build() -> None:
+def test_every_source_is_built() -> None:
     setup = (ROOT / "setup.py").read_text()
-    for path in (ROOT / "csrc").rglob("*.[hc]*"):
-        assert str(path.relative_to(ROOT)) in setup, path
+    for path in (ROOT / "csrc").rglob("*.c*"):
+        if path.suffix != ".cuh":
+            assert str(path.relative_to(ROOT)) in setup, path
+
+
+def test_every_file_of_the_build_is_packed() -> None:
+    manifest = (ROOT / "MANIFEST.in").read_text().split()
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert f"*{path.suffix}" in manifest, path
+    assert "setup_cuda.py" in manifest
 
 
 def test_nothing_unfinished_is_tracked() -> None:
@@ -53,5 +61,5 @@ def test_nothing_unfinished_is_tracked() -> None:
     )
     for name in files.stdout.split():
         path = ROOT / name
-        if path.suffix in {".py", ".h", ".cpp"} and path != pathlib.Path(__file__):
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and path != pathlib.Path(__file__):
             assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), name

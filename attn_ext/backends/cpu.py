@@ -11,8 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from attn_ext.backends import Gradients, WeightsGradients, empty_in_layout_of
-from attn_ext.philox import dropout_threshold
+from attn_ext.backends import Gradients, WeightsGradients, native
 from attn_ext.problem import Problem
 
 # After torch: the module then shares torch's OpenMP library and its pool of threads.
@@ -23,7 +22,7 @@ except ImportError as error:  # a source tree that was not built
     _import_error = str(error)
 
 if _cpu is not None:
-    _cpu.set_dtypes((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool))
+    _cpu.set_dtypes(native.DTYPES)
 
 _ENVIRONMENT_VARIABLE = "ATTN_EXT_CPU_CAPABILITY"
 
@@ -80,14 +79,7 @@ def forward(
     problem: Problem, with_lse: bool = True, for_weights: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
-    query = problem.query
-    out = empty_in_layout_of(query, problem.value.shape[3])
-    lse = None
-    if with_lse:
-        batch, heads, length, _ = query.shape
-        lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype)
-    _cpu.forward(*_arguments(problem), out, lse, for_weights)
-    return out, lse
+    return native.forward(_cpu, _settings(), problem, with_lse, for_weights)
 
 
 def backward(
@@ -99,30 +91,14 @@ def backward(
     mask_gradient: bool,
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
-    query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
-    dq = empty_in_layout_of(query)
-    dk = empty_in_layout_of(key)
-    dv = empty_in_layout_of(value)
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
-    row_term = None if sinks is None else torch.empty_like(lse)
-    arguments = _arguments(problem)
-    _cpu.backward(*arguments, out, lse, dout, dlse, None, 1.0, dq, dk, dv, dmask, row_term)
-    dsinks = None
-    if sinks is not None and row_term is not None:
-        shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-        dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
-    return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
+    row_term = None if problem.sinks is None else torch.empty_like(lse)
+    return native.backward(_cpu, _settings(), problem, out, lse, dout, dlse, dmask, row_term)
 
 
 def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
     """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
-    heads = 1 if average else problem.query_heads
-    shape = (problem.batch, heads, problem.query_length, problem.key_length)
-    result = torch.empty(shape, dtype=problem.query.dtype)
-    if average and problem.query_heads == 0:
-        result.fill_(float("nan"))  # the mean of nothing
-    _cpu.weights(*_arguments(problem), lse, result, average)
-    return result.squeeze(1) if average else result
+    return native.weights(_cpu, _settings(), problem, lse, average)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,8 +108,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     columns, depth = weight.shape
     out = torch.empty(*input.shape[:-1], columns, dtype=torch.float32)
-    index, rows = _CAPABILITIES.index(capability), input.numel() // depth
-    _cpu.linear(index, num_threads(), rows, input, weight, bias, out)
+    _cpu.linear(*_settings(), input.numel() // depth, input, weight, bias, out)
     return out
 
 
@@ -141,42 +116,18 @@ def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
     """Gradients of `weights`, LSE being an input of its own."""
-    problem = problem.replace(value=problem.key[..., :0])
-    if average:
-        dweights = dweights[:, None].expand(_pairs(problem))
-    dq, dk = (empty_in_layout_of(x) for x in (problem.query, problem.key))
     dmask = _zero_mask_gradient(problem) if mask_gradient else None
-    dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    share = 1.0 / max(problem.query_heads, 1) if average else 1.0
-    arguments = _arguments(problem)
-    _cpu.backward(*arguments, None, lse, None, None, dweights, share, dq, dk, None, dmask, dlse)
-    return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
+    return native.weights_backward(_cpu, _settings(), problem, lse, dweights, average, dmask)
 
 
-def _arguments(problem: Problem) -> tuple[int, int, Problem, tuple[int, int] | None]:
+def _settings() -> tuple[int, int]:
     """The arguments that every native function starts with."""
-    dropout = None
-    if problem.dropout_p > 0:
-        dropout = (dropout_threshold(problem.dropout_p), problem.seed_value)
-    if problem.sinks is not None and problem.sinks.dtype != problem.compute_dtype:
-        problem = problem.replace(sinks=problem.sinks.to(problem.compute_dtype))
-    return _CAPABILITIES.index(capability), num_threads(), problem, dropout
-
-
-def _pairs(problem: Problem) -> tuple[int, int, int, int]:
-    """The shape that has an entry for every query and key of every head."""
-    return problem.batch, problem.query_heads, problem.query_length, problem.key_length
+    return _CAPABILITIES.index(capability), num_threads()
 
 
 def _zero_mask_gradient(problem: Problem) -> Tensor:
     """Where the mask broadcasts, many scores add to one entry: in float64, so that none is lost."""
     mask = problem.attn_mask
     assert mask is not None
-    full = mask.shape == _pairs(problem)
+    full = mask.shape == native.pairs(problem)
     return torch.zeros(mask.shape, dtype=problem.compute_dtype if full else torch.float64)
-
-
-def _as_mask(dmask: Tensor | None, problem: Problem) -> Tensor | None:
-    if dmask is None or problem.attn_mask is None:
-        return None
-    return dmask.to(problem.attn_mask.dtype)

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "device.h"
 #include "kernels.h"
 #include "scores.cuh"
 
@@ -31,11 +32,6 @@ void launch(const Settings& settings, int64_t blocks, int shared_bytes,
                    kernel, arguments...);
   (void)settings;
 #else
-  const auto check = [](cudaError_t error, const char* call) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // so that the next call does not find it again
-    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
-  };
   const void* function = reinterpret_cast<const void*>(kernel);
   constexpr int kAlwaysThere = 48 << 10;
   if (shared_bytes > kAlwaysThere) {

@@ -1,0 +1,109 @@
+"""What backends with native kernels share: Python allocates, a kernel writes.
+
+`kernels` is a native module, and `settings` the arguments that its functions start with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_ext.backends import Gradients, WeightsGradients, empty_in_layout_of
+from attn_ext.philox import dropout_threshold
+from attn_ext.problem import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
+"""In the order of csrc/attention.h's DType: for a native module's set_dtypes."""
+
+
+def forward(
+    kernels: Any, settings: tuple[Any, ...], problem: Problem, with_lse: bool, for_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
+    query = problem.query
+    out = empty_in_layout_of(query, problem.value.shape[3])
+    lse = None
+    if with_lse:
+        batch, heads, length, _ = query.shape
+        lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype, device=query.device)
+    kernels.forward(*settings, *_arguments(problem), out, lse, for_weights)
+    return out, lse
+
+
+def backward(
+    kernels: Any,
+    settings: tuple[Any, ...],
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dmask: Tensor | None,
+    row_term: Tensor | None,
+) -> Gradients:
+    """Gradients for a given out and LSE; the kernel writes dmask and row_term too."""
+    dq, dk, dv = (empty_in_layout_of(x) for x in (problem.query, problem.key, problem.value))
+    arguments = (*settings, *_arguments(problem))
+    kernels.backward(*arguments, out, lse, dout, dlse, None, 1.0, dq, dk, dv, dmask, row_term)
+    sinks, dsinks = problem.sinks, None
+    if sinks is not None and row_term is not None:
+        shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
+    return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
+
+
+def weights(
+    kernels: Any, settings: tuple[Any, ...], problem: Problem, lse: Tensor, average: bool
+) -> Tensor:
+    """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
+    heads = 1 if average else problem.query_heads
+    shape = (problem.batch, heads, problem.query_length, problem.key_length)
+    result = torch.empty(shape, dtype=problem.query.dtype, device=problem.query.device)
+    if average and problem.query_heads == 0:
+        result.fill_(float("nan"))  # the mean of nothing
+    kernels.weights(*settings, *_arguments(problem), lse, result, average)
+    return result.squeeze(1) if average else result
+
+
+def weights_backward(
+    kernels: Any,
+    settings: tuple[Any, ...],
+    problem: Problem,
+    lse: Tensor,
+    dweights: Tensor,
+    average: bool,
+    dmask: Tensor | None,
+) -> WeightsGradients:
+    """Gradients of `weights`, LSE being an input of its own; the kernel writes dmask too."""
+    problem = problem.replace(value=problem.key[..., :0])
+    if average:
+        dweights = dweights[:, None].expand(pairs(problem))
+    dq, dk = (empty_in_layout_of(x) for x in (problem.query, problem.key))
+    dlse = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    share = 1.0 / max(problem.query_heads, 1) if average else 1.0
+    arguments = (*settings, *_arguments(problem))
+    kernels.backward(*arguments, None, lse, None, None, dweights, share, dq, dk, None, dmask, dlse)
+    return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
+
+
+def pairs(problem: Problem) -> tuple[int, int, int, int]:
+    """The shape that has an entry for every query and key of every head."""
+    return problem.batch, problem.query_heads, problem.query_length, problem.key_length
+
+
+def _arguments(problem: Problem) -> tuple[Problem, tuple[int, int] | None]:
+    """The problem as native code takes it, and dropout's threshold and seed."""
+    dropout = None
+    if problem.dropout_p > 0:
+        dropout = (dropout_threshold(problem.dropout_p), problem.seed_value)
+    if problem.sinks is not None and problem.sinks.dtype != problem.compute_dtype:
+        problem = problem.replace(sinks=problem.sinks.to(problem.compute_dtype))
+    return problem, dropout
+
+
+def _as_mask(dmask: Tensor | None, problem: Problem) -> Tensor | None:
+    if dmask is None or problem.attn_mask is None:
+        return None
+    return dmask.to(problem.attn_mask.dtype)
