@@ -99,7 +99,12 @@ def _settings(problem: Problem) -> tuple[int, int, bool]:
 
 
 def _allow_tf32(query: Tensor) -> bool:
-    return query.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """Torch's setting for float32 products; before compute capability 8.0 there is no TF32."""
+    return (
+        query.dtype is torch.float32
+        and torch.get_float32_matmul_precision() != "highest"
+        and _cuda.compute_capability(query.device.index or 0)[0] >= 8
+    )
 
 
 def _mask_gradient(problem: Problem) -> Tensor:

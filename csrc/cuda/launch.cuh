@@ -55,9 +55,7 @@ void with_element(const Problem& p, const Settings& settings, Call call) {
     case DType::kBFloat16:
       return call(BFloat16{});
     case DType::kFloat32:
-      // Before 8.0 there are no tensor cores for TF32.
-      return settings.allow_tf32 && settings.compute_capability >= 80 ? call(TF32{})
-                                                                      : call(float{});
+      return settings.allow_tf32 ? call(TF32{}) : call(float{});
     default:
       throw std::runtime_error("the CUDA kernels take float16, bfloat16 and float32");
   }
