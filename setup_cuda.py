@@ -118,9 +118,9 @@ class Toolkit:
             "-O3",
             "-std=c++17",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
-            # Three files take long, side by side; where that leaves cores idle, architectures of
+            # Four files take long, side by side; where that leaves cores idle, architectures of
             # a file too. More would only take memory: a ptxas takes a GiB.
-            f"--threads={max(1, jobs // 3)}",
+            f"--threads={max(1, jobs // 4)}",
             compress,
             *self.architectures.flags(),
         ]

@@ -1,5 +1,4 @@
-// Instances of backward_queries.cuh, backward_keys.cuh and mask_gradient.cuh.
-#include "backward_keys.cuh"
+// Instances of backward_queries.cuh and mask_gradient.cuh, and the backward pass as a whole.
 #include "backward_queries.cuh"
 #include "launch.cuh"
 #include "mask_gradient.cuh"
@@ -8,21 +7,10 @@ namespace attn_ext::cuda {
 namespace {
 
 template <typename Element, int kWidth, bool kGeneral>
-void run_gradients(const Problem& p, const BackwardArguments& to, const Settings& settings) {
-  using QueryShape = QueryGradientShape<Element, kWidth>;
-  using KeyShape = KeyGradientShape<Element, kWidth>;
-  launch(settings, p.batch * p.query_heads * blocks_of(p.query_length, QueryShape::kRows),
-         QueryShape::kSharedBytes, query_gradients<Element, kWidth, kGeneral>, p, to);
-  const auto keys = [&](auto kernel) {
-    launch(settings, p.batch * p.key_heads * blocks_of(p.key_length, KeyShape::kKeys),
-           KeyShape::kSharedBytes, kernel, p, to);
-  };
-  if constexpr (kWidth <= 192) {
-    keys(key_gradients<Element, kWidth, kGeneral, Pass::kBoth>);
-  } else {
-    keys(key_gradients<Element, kWidth, kGeneral, Pass::kKeys>);
-    if (!to.dweights) keys(key_gradients<Element, kWidth, kGeneral, Pass::kValues>);
-  }
+void run_query_gradients(const Problem& p, const BackwardArguments& to, const Settings& settings) {
+  using Shape = QueryGradientShape<Element, kWidth>;
+  launch(settings, p.batch * p.query_heads * blocks_of(p.query_length, Shape::kRows),
+         Shape::kSharedBytes, query_gradients<Element, kWidth, kGeneral>, p, to);
 }
 
 template <typename Element, int kWidth>
@@ -47,19 +35,19 @@ void backward(const Problem& p, const BackwardArguments& to, const Settings& set
         launch(settings, blocks_of(p.batch * p.query_heads * p.query_length, kWarps), 0,
                row_terms<Element>, p, to);
       }
-      const bool plain = !to.dweights && is_plain<Element>(p, p.query, p.key, p.value, to.dout,
-                                                           to.dquery, to.dkey, to.dvalue);
-      auto run = run_gradients<Element, width, true>;
+      auto run = run_query_gradients<Element, width, true>;
       if constexpr (kIsHalf<Element>) {
-        if (plain) run = run_gradients<Element, width, false>;
+        if (is_plain_backward<Element>(p, to)) run = run_query_gradients<Element, width, false>;
       }
       run(p, to, settings);
     });
   });
+  backward_keys(p, to, settings);
   if (!to.dmask) return;
   with_exact_element(p, settings, [&](auto element) {
-    with_width(p,
-               [&](auto width) { run_mask_gradient<decltype(element), width>(p, to, settings); });
+    with_width(p, [&](auto width) {
+      run_mask_gradient<decltype(element), width>(p, to, settings);
+    });
   });
 }
 
