@@ -145,7 +145,6 @@ __global__ void __launch_bounds__(kThreads)
   const int batch = pair / key_heads, key_head = pair % key_heads;
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
-  const int keys = min(Shape::kKeys, key_length - first_key);
   const TileOrder order =
       order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
   const bool weights_only = kGeneral && to.dweights;

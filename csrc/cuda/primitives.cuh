@@ -175,6 +175,13 @@ __device__ __forceinline__ void synchronize_block() {
 #endif
 }
 
+// What lanes of the warp wrote before, all of them see after.
+__device__ __forceinline__ void synchronize_warp() {
+#if defined(ATTN_EXT_EMULATED) || defined(__CUDA_ARCH__)
+  __syncwarp();
+#endif
+}
+
 // The word of the lane whose number differs in the bits of `mask`.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t x, int mask) {
 #if defined(ATTN_EXT_EMULATED)
