@@ -246,6 +246,7 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
 template <int kMTiles, int kNTiles, typename Redo>
 __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
                                           Redo redo) {
+  synchronize_warp();  // after what was written of these rows
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
