@@ -45,9 +45,8 @@ void backward(const Problem& p, const BackwardArguments& to, const Settings& set
   backward_keys(p, to, settings);
   if (!to.dmask) return;
   with_exact_element(p, settings, [&](auto element) {
-    with_width(p, [&](auto width) {
-      run_mask_gradient<decltype(element), width>(p, to, settings);
-    });
+    with_width(p,
+               [&](auto width) { run_mask_gradient<decltype(element), width>(p, to, settings); });
   });
 }
 

@@ -10,9 +10,9 @@
 namespace attn_ext::cuda {
 
 struct Settings {
-  void* stream;            // a cudaStream_t
-  bool allow_tf32;         // float32 products may be rounded to TF32, where tensor cores take it
-  int compute_capability;  // of the device, times ten
+  void* stream;      // a cudaStream_t
+  bool allow_tf32;   // float32 products may be rounded to TF32; from compute capability 8.0 on
+  int shared_limit;  // what a block may have of shared memory, in bytes
 };
 
 void forward(const Problem&, const ForwardArguments&, const Settings&);

@@ -100,8 +100,8 @@ bool is_plain(const Problem& p, const Views&... views) {
 
 template <typename Element>
 bool is_plain_backward(const Problem& p, const BackwardArguments& to) {
-  return !to.dweights && is_plain<Element>(p, p.query, p.key, p.value, to.dout, to.dquery, to.dkey,
-                                           to.dvalue);
+  return !to.dweights &&
+         is_plain<Element>(p, p.query, p.key, p.value, to.dout, to.dquery, to.dkey, to.dvalue);
 }
 
 inline int64_t blocks_of(int64_t size, int step) { return (size + step - 1) / step; }

@@ -449,7 +449,8 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t 
 
 // The same of float32 where there are no tensor cores for it: every lane fetches the rows of A and
 // the columns of B that its sums need. Not inlined: it is as long as many products.
-__device__ inline __attribute__((noinline)) Sums multiply_add_by_lanes(Sums sums, uint4 a, uint2 b) {
+__device__ inline __attribute__((noinline)) Sums multiply_add_by_lanes(Sums sums, uint4 a,
+                                                                       uint2 b) {
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
