@@ -1,6 +1,7 @@
 // attn_ext._cuda: the CUDA kernels for Python. The GIL is released while they are launched.
 //
-// With ATTN_EXT_EMULATED, a module for tests: the same kernels on the host, for CPU tensors.
+// With ATTN_EXT_EMULATED, and another name, a module for tests: the same kernels on the host, for
+// CPU tensors.
 #include <pybind11/stl.h>
 
 #include "bindings_problem.h"
@@ -9,8 +10,8 @@
 
 #ifdef ATTN_EXT_EMULATED
 #include "emulator.h"
-#define ATTN_EXT_CUDA_MODULE _cuda_emulated
-#else
+#endif
+#ifndef ATTN_EXT_CUDA_MODULE
 #define ATTN_EXT_CUDA_MODULE _cuda
 #endif
 
