@@ -1,15 +1,14 @@
 // attn_ext._cuda: the CUDA kernels for Python. The GIL is released while they are launched.
 //
-// With ATTN_EXT_EMULATED, a module for tests: the same kernels on the host, for CPU tensors.
+// With ATTN_EXT_EMULATED, and another name, a module for tests: the same kernels on the host, for
+// CPU tensors.
 #include <pybind11/stl.h>
 
 #include "bindings_problem.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
-#ifdef ATTN_EXT_EMULATED
-#define ATTN_EXT_CUDA_MODULE _cuda_emulated
-#else
+#ifndef ATTN_EXT_CUDA_MODULE
 #define ATTN_EXT_CUDA_MODULE _cuda
 #endif
 

@@ -47,7 +47,7 @@ REFUSALS = (
 @functools.cache
 def backend(architecture: int) -> ModuleType:
     """attn_ext.backends.cuda once more, over the kernels of an emulated architecture."""
-    compiled = _imported("_cuda_emulated", build(architecture))
+    compiled = _imported(_name(architecture), build(architecture))
     compiled.set_dtypes(native.DTYPES)
     module = _imported("attn_ext.backends.cuda_emulated", pathlib.Path(cuda.__file__))
     module._cuda = compiled
@@ -60,11 +60,12 @@ def build(architecture: int) -> pathlib.Path:
     flags = [
         *FLAGS,
         f"-DATTN_EXT_EMULATED={architecture}",
+        f"-DATTN_EXT_CUDA_MODULE={_name(architecture)}",
         *(f"-I{folder}" for folder in (ROOT / "csrc", EMULATOR)),
         *(f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))),
     ]
     folder = ROOT / "build" / "emulated" / _hash(" ".join([*compiler, *flags]))
-    module = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = folder / f"{_name(architecture)}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,11 @@ def build(architecture: int) -> pathlib.Path:
     _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
     unfinished.rename(module)
     return module
+
+
+def _name(architecture: int) -> str:
+    """A name for each: pybind11 takes two modules of one name for the same."""
+    return f"_cuda_emulated_{architecture}"
 
 
 def _hash(command: str) -> str:
