@@ -52,7 +52,8 @@ if nvcc is not None:
         Pybind11Extension(
             "attn_ext._cuda",
             [
-                "csrc/cuda/backward.cu",
+                "csrc/cuda/backward_keys.cu",
+                "csrc/cuda/backward_queries.cu",
                 "csrc/cuda/forward.cu",
                 "csrc/cuda/weights.cu",
                 "csrc/cuda/device.cu",

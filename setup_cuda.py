@@ -3,7 +3,8 @@
 Environment variables:
     ATTN_EXT_CUDA          0 never builds it, 1 must, auto (the default) does where nvcc is found
     CUDA_HOME              the toolkit; else nvcc on PATH, else /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST   what to compile for, as "8.0;9.0+PTX"; PTX runs on newer devices too
+    TORCH_CUDA_ARCH_LIST   what to compile for, as "8.0;9.0+PTX"; PTX runs on newer devices too,
+                           whose driver compiles it when first used; "7.5;8.0+PTX" by default
     ATTN_EXT_BUILD_JOBS    how many compilers may run at once; as many as there are cores by default
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 
 from pybind11.setup_helpers import build_ext
 
-DEFAULT_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+OLDEST = 75
+DEFAULT = "7.5;8.0+PTX"
+"""Every GPU from Turing on, in a minute or two: machine code for the two whose sources differ."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +43,19 @@ class Architectures:
 
 
 def choose_architectures(listed: str, supported: tuple[int, ...]) -> Architectures:
-    """The architectures of a TORCH_CUDA_ARCH_LIST, or by default those that nvcc supports.
+    """The architectures of a TORCH_CUDA_ARCH_LIST, or the default's.
 
     Raises:
         ValueError: the list can't be read, or names what nvcc or the kernels don't support.
     """
-    if not listed.strip():
-        chosen = tuple(a for a in DEFAULT_ARCHITECTURES if a in supported)
-        return Architectures(chosen, chosen[-1:])
+    listed = listed.strip(" ;,\t\n") or DEFAULT
     machine_code, ptx = set(), set()
-    for entry in re.split(r"[;,\s]+", listed.strip(" ;,\t\n")):
+    for entry in re.split(r"[;,\s]+", listed):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if match is None:
             raise ValueError(f'TORCH_CUDA_ARCH_LIST must be like "8.0;9.0+PTX", got {listed!r}')
         architecture = 10 * int(match[1]) + int(match[2])
-        if architecture not in supported or architecture < min(DEFAULT_ARCHITECTURES):
+        if architecture not in supported or architecture < OLDEST:
             able = ", ".join(f"{a // 10}.{a % 10}" for a in supported)
             raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST must name architectures from 7.5 on that nvcc supports "
@@ -117,9 +118,9 @@ class Toolkit:
             "-O3",
             "-std=c++17",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
-            # Three files take long, side by side; where that leaves cores idle, architectures of
+            # Four files take long, side by side; where that leaves cores idle, architectures of
             # a file too. More would only take memory: a ptxas takes a GiB.
-            f"--threads={max(1, jobs // 3)}",
+            f"--threads={max(1, jobs // 4)}",
             compress,
             *self.architectures.flags(),
         ]

@@ -8,6 +8,9 @@
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
+#ifdef ATTN_EXT_EMULATED
+#include "emulator.h"
+#endif
 #ifndef ATTN_EXT_CUDA_MODULE
 #define ATTN_EXT_CUDA_MODULE _cuda
 #endif
@@ -19,8 +22,8 @@ using namespace attn_ext::bindings;
 namespace {
 
 // Where and how to run; `stream` is the address of a cudaStream_t.
-cuda::Settings as_settings(uintptr_t stream, bool allow_tf32) {
-  return {reinterpret_cast<void*>(stream), allow_tf32};
+cuda::Settings as_settings(int device, uintptr_t stream, bool allow_tf32) {
+  return {reinterpret_cast<void*>(stream), allow_tf32, cuda::shared_bytes_limit(device)};
 }
 
 void forward(int device, uintptr_t stream, bool allow_tf32, py::handle problem, py::handle dropout,
@@ -29,7 +32,7 @@ void forward(int device, uintptr_t stream, bool allow_tf32, py::handle problem, 
   const attn_ext::ForwardArguments to{as_view(out), as_view(lse), for_weights};
   const py::gil_scoped_release release;
   const cuda::DeviceGuard guard(device);
-  cuda::forward(p.native, to, as_settings(stream, allow_tf32));
+  cuda::forward(p.native, to, as_settings(device, stream, allow_tf32));
 }
 
 void backward(int device, uintptr_t stream, bool allow_tf32, py::handle problem, py::handle dropout,
@@ -45,7 +48,7 @@ void backward(int device, uintptr_t stream, bool allow_tf32, py::handle problem,
   to.dmask = as_mask(dmask), to.row_term = as_view(row_term);
   const py::gil_scoped_release release;
   const cuda::DeviceGuard guard(device);
-  cuda::backward(p.native, to, as_settings(stream, allow_tf32));
+  cuda::backward(p.native, to, as_settings(device, stream, allow_tf32));
 }
 
 void weights(int device, uintptr_t stream, bool allow_tf32, py::handle problem, py::handle dropout,
@@ -54,14 +57,14 @@ void weights(int device, uintptr_t stream, bool allow_tf32, py::handle problem, 
   const attn_ext::WeightsArguments to{as_view(lse), as_view(weights), average};
   const py::gil_scoped_release release;
   const cuda::DeviceGuard guard(device);
-  cuda::weights(p.native, to, as_settings(stream, allow_tf32));
+  cuda::weights(p.native, to, as_settings(device, stream, allow_tf32));
 }
 
 int shared_bytes(py::handle dtype, int64_t head_dim, int64_t value_dim, bool allow_tf32) {
   attn_ext::Problem problem{};
   problem.dtype = as_dtype(dtype);
   problem.head_dim = head_dim, problem.value_dim = value_dim;
-  return cuda::shared_bytes(problem, as_settings(0, allow_tf32));
+  return cuda::shared_bytes(problem, {nullptr, allow_tf32, 0});
 }
 
 }  // namespace
@@ -70,6 +73,13 @@ PYBIND11_MODULE(ATTN_EXT_CUDA_MODULE, m) {
   m.doc() = "Tensor-core attention kernels for NVIDIA GPUs; called by attn_ext.backends.cuda.";
 #ifdef ATTN_EXT_EMULATED
   m.attr("device_type") = "cpu";
+  m.def(
+      "take_bank_conflicts",
+      [] {
+        const auto found = std::exchange(attn_ext::emulator::bank_conflicts, {});
+        return std::make_pair(found.extra_wavefronts, found.phases);
+      },
+      "Of ldmatrix since the last call: wavefronts beyond one for 8 rows, and how many such rows.");
 #else
   m.attr("device_type") = "cuda";
 #endif

@@ -16,8 +16,13 @@ from attn_ext import dispatch
 from attn_ext.backends import cpu
 
 CPU_CAPABILITIES = [name for name, present in cpu.capabilities().items() if present]
-EMULATED_IDS = [f"cuda_emulated-{architecture}" for architecture in emulated.ARCHITECTURES]
-BACKEND_IDS = [*(f"cpu-{name}" for name in CPU_CAPABILITIES), *EMULATED_IDS, "reference"]
+NEWEST, *OTHERS = (f"cuda_emulated-{architecture}" for architecture in emulated.ARCHITECTURES)
+BACKEND_IDS = [
+    *(f"cpu-{name}" for name in CPU_CAPABILITIES),
+    NEWEST,
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
+    "reference",
+]
 
 
 @pytest.fixture(params=BACKEND_IDS)
@@ -31,6 +36,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, name))
         monkeypatch.setitem(dispatch._modules, name, emulated.backend(int(variant)))
     return name
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the slow emulated architectures only the newest takes part in the full sweep itself."""
+    doubly = [
+        item
+        for item in items
+        if any(name in item.name for name in OTHERS)
+        and sum(mark.name == "exhaustive" for mark in item.iter_markers()) > 1
+    ]
+    config.hook.pytest_deselected(items=doubly)
+    items[:] = [item for item in items if item not in doubly]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,8 @@
 """The CUDA kernels on the host, by tests/cuda_emulator: a backend of the test suite alone.
 
 g++ compiles the sources of attn_ext._cuda against the emulator, into a module that takes CPU
-tensors. It is kept in build/ under a hash of all that it is made of.
+tensors. It is kept in build/ under a hash of all that it is made of. The environment variable
+ATTN_EXT_EMULATED_FLAGS adds flags for the kernels, as tests/sanitize.sh does.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from attn_ext.backends import cuda, native
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CUDA, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulator"
 SOURCES = [
-    CUDA / "backward.cu",
+    CUDA / "backward_keys.cu",
+    CUDA / "backward_queries.cu",
     CUDA / "forward.cu",
     CUDA / "weights.cu",
     ROOT / "csrc" / "bindings_cuda.cpp",
     EMULATOR / "emulator.cpp",
 ]
 FLAGS = ["-O2", "-std=c++17", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
-ARCHITECTURES = (750, 800)
-"""Those whose code differs: 750 has no cp.async, no bfloat16 and no TF32."""
+ARCHITECTURES = (800, 750)
+"""Those whose code differs, the newest first: 750 has no cp.async, no bfloat16 and no TF32."""
 
 # Problems that these kernels leave to other backends; any other refusal is a failure.
 REFUSALS = (
@@ -64,7 +66,8 @@ def build(architecture: int) -> pathlib.Path:
         *(f"-I{folder}" for folder in (ROOT / "csrc", EMULATOR)),
         *(f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))),
     ]
-    folder = ROOT / "build" / "emulated" / _hash(" ".join([*compiler, *flags]))
+    more = os.environ.get("ATTN_EXT_EMULATED_FLAGS", "").split()
+    folder = ROOT / "build" / "emulated" / _hash(" ".join([*compiler, *flags, *more]))
     module = folder / f"{_name(architecture)}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
@@ -72,13 +75,15 @@ def build(architecture: int) -> pathlib.Path:
 
     def compiled(source: pathlib.Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        _run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", target])
+        # The emulator itself is never instrumented.
+        own = more if source.parent == CUDA else []
+        _run([*compiler, *flags, *own, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, SOURCES))
     unfinished = folder / "unfinished.so"  # an interrupted build leaves no module behind
-    _run([*compiler, "-shared", *objects, "-o", str(unfinished)])
+    _run([*compiler, "-shared", *more, *objects, "-o", str(unfinished)])
     unfinished.rename(module)
     return module
 

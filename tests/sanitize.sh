@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The contract suite on a build of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in
-# which plain C++ stands in for AMX's instructions.
+# The contract suite on a build of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, in
+# which plain C++ stands in for AMX's instructions; then a part of it that reaches every CUDA kernel, emulated on
+# the host, under the same sanitizers and under ThreadSanitizer, whose threads are the GPU's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -33,6 +34,20 @@ symbols = open(_cpu.__file__, "rb").read()
 assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built without sanitizers"
 assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
 END
-"$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-  "$root/tests/test_contract.py" \
-  -k "(float32 or other_dtypes or garbage or strides) and not reference"
+run_tests() {  # with what to select
+  "$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+    "$root/tests/test_contract.py" -k "$1"
+}
+run_tests "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
+
+# float32 throughout, and the plain kernels of both kinds of halves. Compiled before a sanitizer is preloaded.
+selected="cuda_emulated-800 and (test_case_in_float32 and (-everything or -causal_window) or \
+  test_case_in_other_dtypes and -head_dim_64 and not float64)"
+cd "$root"
+for kind in address,undefined thread; do
+  flags="-fsanitize=$kind -fno-sanitize-recover=all -O1"
+  LD_PRELOAD= ATTN_EXT_EMULATED_FLAGS=$flags PYTHONPATH=tests .venv/bin/python -c "import emulated; emulated.build(800)"
+  [ "$kind" = thread ] && LD_PRELOAD="$(gcc -print-file-name=libtsan.so)"
+  ATTN_EXT_EMULATED_FLAGS=$flags TSAN_OPTIONS=halt_on_error=1 setarch -R bash -c \
+    "root='$root'; $(declare -f run_tests); run_tests '$selected'"
+done

@@ -99,7 +99,17 @@ def _settings(problem: Problem) -> tuple[int, int, bool]:
 
 
 def _allow_tf32(query: Tensor) -> bool:
-    return query.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """Torch's setting for float32 products; before compute capability 8.0 there is no TF32."""
+    return (
+        query.dtype is torch.float32
+        and torch.get_float32_matmul_precision() != "highest"
+        and _has_tf32(query.device.index or 0)
+    )
+
+
+@functools.cache
+def _has_tf32(device: int) -> bool:
+    return not _cuda.no_device_reason() and _cuda.compute_capability(device)[0] >= 8
 
 
 def _mask_gradient(problem: Problem) -> Tensor:

@@ -17,13 +17,13 @@ namespace attn_ext::cuda {
 
 enum class Pass { kBoth, kValues, kKeys };
 
-template <typename Element, int kWidth>
+template <typename Element, int kWidth, int kGivenStages = 2>
 struct KeyGradientShape {
   static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 64 ? 2 : 1;
   static constexpr int kKeys = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   static constexpr int kRows = kRowBytes <= 256 ? 32 : 16;
-  static constexpr int kStages = kRowBytes <= 768 ? 2 : 1;
+  static constexpr int kStages = kRowBytes <= 768 ? kGivenStages : 1;
   using Keys = Tile<Element, kKeys, kWidth, 0>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
   // Of each stage; the second one's are the first's, kStageBytes further.
@@ -122,10 +122,11 @@ __device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_k
   return order;
 }
 
-template <typename Element, int kWidth, bool kGeneral, Pass kPass>
+template <typename Element, int kWidth, bool kGeneral, Pass kPass, int kGivenStages = 2>
 __global__ void __launch_bounds__(kThreads)
     key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
-  using Shape = KeyGradientShape<Element, kWidth>;
+  if (!kAvailable<Element>) return;
+  using Shape = KeyGradientShape<Element, kWidth, kGivenStages>;
   using Keys = typename Shape::Keys;
   using Values = typename Shape::Values;
   using Queries = typename Shape::Queries;
@@ -144,15 +145,16 @@ __global__ void __launch_bounds__(kThreads)
   const int batch = pair / key_heads, key_head = pair % key_heads;
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
-  const int keys = min(Shape::kKeys, key_length - first_key);
   const TileOrder order =
       order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
   if (!weights_only) {
-    source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim).copy(first_key);
+    source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim)
+        .copy(first_key);
   }
+  commit_copies();
 
   const int warp_key = warp_index() * 16 * kMTiles;
   const auto lane_k = Keys::Lane::of_a(warp_key);

@@ -87,6 +87,7 @@ template <typename Element, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     query_gradients(const __grid_constant__ Problem p,
                     const __grid_constant__ BackwardArguments to) {
+  if (!kAvailable<Element>) return;
   using Shape = QueryGradientShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Gradients = typename Shape::Gradients;

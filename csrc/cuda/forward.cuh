@@ -246,6 +246,7 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
 template <int kMTiles, int kNTiles, typename Redo>
 __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
                                           Redo redo) {
+  synchronize_warp();  // after what was written of these rows
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -262,6 +263,7 @@ __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4],
 template <typename Element, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(kThreads)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
+  if (!kAvailable<Element>) return;
   using Shape = ForwardShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;

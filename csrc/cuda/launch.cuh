@@ -61,6 +61,15 @@ void with_element(const Problem& p, const Settings& settings, Call call) {
   }
 }
 
+// The same without TF32, for kernels that are not worth another instance.
+template <typename Call>
+void with_exact_element(const Problem& p, Settings settings, Call call) {
+  settings.allow_tf32 = false;
+  with_element(p, settings, [&](auto element) {
+    if constexpr (!std::is_same_v<decltype(element), TF32>) call(element);
+  });
+}
+
 // Calls call(width) with the narrowest tile that holds the head dimensions, as a constant.
 template <typename Call>
 void with_width(const Problem& p, Call call) {
@@ -87,6 +96,12 @@ bool is_plain(const Problem& p, const Views&... views) {
   };
   return kIsHalf<Element> && simple && whole && !p.alibi_slopes && !p.mask && !p.key_mask &&
          (suits(views) && ...);
+}
+
+template <typename Element>
+bool is_plain_backward(const Problem& p, const BackwardArguments& to) {
+  return !to.dweights && is_plain<Element>(p, p.query, p.key, p.value, to.dout, to.dquery, to.dkey,
+                                           to.dvalue);
 }
 
 inline int64_t blocks_of(int64_t size, int step) { return (size + step - 1) / step; }

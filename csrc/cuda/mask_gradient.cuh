@@ -37,6 +37,7 @@ struct Span {
 template <typename Element, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     mask_gradient(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
+  if (!kAvailable<Element>) return;
   using Shape = MaskGradientShape<Element, kWidth>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;

@@ -49,6 +49,10 @@ struct TF32 {
 
 template <typename Element>
 constexpr bool kIsHalf = sizeof(Element) == 2;
+// Before sm_80 tensor cores take halves alone; float32 is multiplied elsewhere there.
+template <typename Element>
+constexpr bool kAvailable = ATTN_EXT_ARCHITECTURE >= 800 || std::is_same_v<Element, Float16> ||
+                            std::is_same_v<Element, float>;
 
 __device__ __forceinline__ uint32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
@@ -168,6 +172,13 @@ __device__ __forceinline__ void synchronize_block() {
   emulator::sync_threads();
 #elif defined(__CUDA_ARCH__)
   __syncthreads();
+#endif
+}
+
+// What lanes of the warp wrote before, all of them see after.
+__device__ __forceinline__ void synchronize_warp() {
+#if defined(ATTN_EXT_EMULATED) || defined(__CUDA_ARCH__)
+  __syncwarp();
 #endif
 }
 
@@ -337,7 +348,18 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
 
 // --- Matrix products: C += A B, over two chunks of 16 bytes
 
+struct Sums {
+  float c[4];
+};
+
 #if defined(ATTN_EXT_EMULATED)
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
 // Fragments of a warp, and the product that they mean.
 struct Fragments {
   float c[4];
@@ -346,9 +368,6 @@ struct Fragments {
 template <typename Element, typename Value>
 inline void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                Value value) {
-  struct Sums {
-    float c[4];
-  };
   constexpr int kPerWord = kIsHalf<Element> ? 2 : 1, kDepth = 8 * kPerWord;
   const Fragments mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   const Sums sums = emulator::warp<Sums>(mine, [value](const Fragments(&in)[32], Sums(&out)[32]) {
@@ -429,22 +448,29 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t 
 }
 
 // The same of float32 where there are no tensor cores for it: every lane fetches the rows of A and
-// the columns of B that its sums need.
-__device__ __forceinline__ void multiply_add_by_lanes(float (&c)[4], const uint32_t (&a)[4],
-                                                      uint32_t b0, uint32_t b1) {
+// the columns of B that its sums need. Not inlined: it is as long as many products.
+__device__ inline __attribute__((noinline)) Sums multiply_add_by_lanes(Sums sums, uint4 a, uint2 b) {
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const uint32_t mine_of_b = k < 4 ? b0 : b1;
-    const float low = float_of(shuffle(a[k / 4 * 2], 4 * g + k % 4));
-    const float high = float_of(shuffle(a[k / 4 * 2 + 1], 4 * g + k % 4));
+    const int from = 4 * g + k % 4;
+    const float low = float_of(shuffle(k < 4 ? a.x : a.z, from));
+    const float high = float_of(shuffle(k < 4 ? a.y : a.w, from));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float right = float_of(shuffle(mine_of_b, 4 * (2 * t + j) + k % 4));
-      c[j] = fmaf(low, right, c[j]);
-      c[2 + j] = fmaf(high, right, c[2 + j]);
+      const float right = float_of(shuffle(k < 4 ? b.x : b.y, 4 * (2 * t + j) + k % 4));
+      sums.c[j] = fmaf(low, right, sums.c[j]);
+      sums.c[2 + j] = fmaf(high, right, sums.c[2 + j]);
     }
   }
+  return sums;
+}
+__device__ __forceinline__ void multiply_add_by_lanes(float (&c)[4], const uint32_t (&a)[4],
+                                                      uint32_t b0, uint32_t b1) {
+  const Sums sums = multiply_add_by_lanes(Sums{{c[0], c[1], c[2], c[3]}},
+                                          uint4{a[0], a[1], a[2], a[3]}, uint2{b0, b1});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = sums.c[i];
 }
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -189,7 +189,9 @@ template <typename TileA, typename TileB, int kSteps, int kMTiles, int kNTiles, 
 __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
                                               typename TileA::Lane lane_a,
                                               typename TileB::Lane lane_b, Element element) {
-#pragma unroll
+  // A product of float32 is long already.
+  constexpr int kUnrolled = kIsHalf<Element> ? kSteps : 1;
+#pragma unroll kUnrolled
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll

@@ -1,14 +1,13 @@
 // Instances of weights.cuh, and what the kernels of a problem need.
 #include "weights.cuh"
 
-#include "backward_keys.cuh"
 #include "backward_queries.cuh"
 #include "launch.cuh"
 
 namespace attn_ext::cuda {
 
 void weights(const Problem& p, const WeightsArguments& to, const Settings& settings) {
-  with_element(p, settings, [&](auto element) {
+  with_exact_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Shape = WeightsShape<decltype(element), width>;
       const int64_t heads = to.average ? 1 : p.query_heads;
@@ -21,13 +20,12 @@ void weights(const Problem& p, const WeightsArguments& to, const Settings& setti
 }
 
 int shared_bytes(const Problem& p, const Settings& settings) {
-  int bytes = 0;
+  int bytes = backward_keys_shared_bytes(p, settings);
   with_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Element = decltype(element);
-      bytes = std::max({ForwardShape<Element, width>::kSharedBytes,
+      bytes = std::max({bytes, ForwardShape<Element, width>::kSharedBytes,
                         QueryGradientShape<Element, width>::kSharedBytes,
-                        KeyGradientShape<Element, width>::kSharedBytes,
                         WeightsShape<Element, width>::kSharedBytes});
     });
   });

@@ -1,0 +1,57 @@
+// Instances of backward_keys.cuh.
+#include "backward_keys.cuh"
+#include "launch.cuh"
+
+namespace attn_ext::cuda {
+namespace {
+
+template <typename Element, int kWidth, bool kGeneral>
+void run_key_gradients(const Problem& p, const BackwardArguments& to, const Settings& settings) {
+  const auto run = [&](auto shape, auto kernel) {
+    using Shape = decltype(shape);
+    launch(settings, p.batch * p.key_heads * blocks_of(p.key_length, Shape::kKeys),
+           Shape::kSharedBytes, kernel, p, to);
+  };
+  using Shape = KeyGradientShape<Element, kWidth>;
+  if constexpr (kWidth > 192) {
+    run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kKeys>);
+    if (!to.dweights) run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kValues>);
+    return;
+  }
+  if constexpr (std::is_same_v<Element, Float16> && kWidth == 128) {
+    if (Shape::kSharedBytes > settings.shared_limit) {  // 7.5 has 64 KiB
+      return run(KeyGradientShape<Element, kWidth, 1>{},
+                 key_gradients<Element, kWidth, kGeneral, Pass::kBoth, 1>);
+    }
+  }
+  run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kBoth>);
+}
+
+}  // namespace
+
+void backward_keys(const Problem& p, const BackwardArguments& to, const Settings& settings) {
+  with_element(p, settings, [&](auto element) {
+    with_width(p, [&](auto width) {
+      using Element = decltype(element);
+      auto run = run_key_gradients<Element, width, true>;
+      if constexpr (kIsHalf<Element>) {
+        if (is_plain_backward<Element>(p, to)) run = run_key_gradients<Element, width, false>;
+      }
+      run(p, to, settings);
+    });
+  });
+}
+
+int backward_keys_shared_bytes(const Problem& p, const Settings& settings) {
+  int bytes = 0;
+  with_element(p, settings, [&](auto element) {
+    with_width(p, [&](auto width) {
+      using Element = decltype(element);
+      constexpr int kStages = std::is_same_v<Element, Float16> && width == 128 ? 1 : 2;
+      bytes = KeyGradientShape<Element, width, kStages>::kSharedBytes;
+    });
+  });
+  return bytes;
+}
+
+}  // namespace attn_ext::cuda
