@@ -103,8 +103,13 @@ def _allow_tf32(query: Tensor) -> bool:
     return (
         query.dtype is torch.float32
         and torch.get_float32_matmul_precision() != "highest"
-        and _cuda.compute_capability(query.device.index or 0)[0] >= 8
+        and _has_tf32(query.device.index or 0)
     )
+
+
+@functools.cache
+def _has_tf32(device: int) -> bool:
+    return not _cuda.no_device_reason() and _cuda.compute_capability(device)[0] >= 8
 
 
 def _mask_gradient(problem: Problem) -> Tensor:

@@ -63,6 +63,7 @@ class FakeModule:
         return self.missing
 
     def compute_capability(self, device: int) -> tuple[int, int]:
+        assert not self.missing, "it would raise"
         return self.capability
 
     def architectures(self) -> list[str]:
@@ -88,6 +89,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def reasons(module: ModuleType, native: FakeModule, asked: Problem) -> list[str]:
     module._reasons.cache_clear()
+    module._has_tf32.cache_clear()
     module._cuda = native
     return module.not_supported_reasons(asked)
 
@@ -143,6 +145,9 @@ def test_allowing_tf32_changes_what_is_needed(fresh: ModuleType) -> None:
     try:
         torch.set_float32_matmul_precision("high")
         assert fresh.not_supported_reasons(asked) == []
+        assert len(reasons(fresh, FakeModule((7, 5), limit=65536), asked)) == 1
+        (why,) = reasons(fresh, FakeModule(missing="the driver is too old"), asked)
+        assert why == "the CUDA runtime can't use cpu: the driver is too old"
     finally:
         torch.set_float32_matmul_precision(before)
 
