@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import emulated
@@ -138,18 +139,24 @@ def test_bounds_that_are_not_refused(fresh: ModuleType) -> None:
     assert reasons(fresh, FakeModule((7, 5)), problem(torch.float16)) == []
 
 
-def test_allowing_tf32_changes_what_is_needed(fresh: ModuleType) -> None:
+@pytest.fixture
+def set_precision(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Stands in for torch.set_float32_matmul_precision, which oneDNN's setting does not come back from."""
+    return lambda precision: monkeypatch.setattr(
+        torch, "get_float32_matmul_precision", lambda: precision
+    )
+
+
+def test_allowing_tf32_changes_what_is_needed(
+    fresh: ModuleType, set_precision: Callable[[str], None]
+) -> None:
     native, asked = FakeModule(limit=65536), problem(head_dim=64)
     assert len(reasons(fresh, native, asked)) == 1
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert fresh.not_supported_reasons(asked) == []
-        assert len(reasons(fresh, FakeModule((7, 5), limit=65536), asked)) == 1
-        (why,) = reasons(fresh, FakeModule(missing="the driver is too old"), asked)
-        assert why == "the CUDA runtime can't use cpu: the driver is too old"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    set_precision("high")
+    assert fresh.not_supported_reasons(asked) == []
+    assert len(reasons(fresh, FakeModule((7, 5), limit=65536), asked)) == 1
+    (why,) = reasons(fresh, FakeModule(missing="the driver is too old"), asked)
+    assert why == "the CUDA runtime can't use cpu: the driver is too old"
 
 
 @pytest.mark.parametrize(
@@ -212,19 +219,20 @@ def test_it_is_the_preferred_backend_and_explained(
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_a_kernel_is_given(dtype: torch.dtype, precision: str, fresh: ModuleType) -> None:
+def test_what_a_kernel_is_given(
+    dtype: torch.dtype,
+    precision: str,
+    fresh: ModuleType,
+    set_precision: Callable[[str], None],
+) -> None:
     """TF32 where the user allows it, the float32 workspace, a mask's gradient in float32."""
     native = fresh._cuda = FakeModule()
     query = torch.zeros(1, 2, 3, 4, dtype=dtype)
     mask = torch.zeros(3, 1, dtype=dtype)
     asked = Problem.build(query, query, query, attn_mask=mask)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(precision)
-        out, lse = fresh.forward(asked)
-        fresh.backward(asked, out, lse, out, None, True)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    set_precision(precision)
+    out, lse = fresh.forward(asked)
+    fresh.backward(asked, out, lse, out, None, True)
     for call in native.calls:
         assert call[:3] == (0, 0, dtype is torch.float32 and precision != "highest")
     dmask, row_term = native.calls[1][-2:]

@@ -26,4 +26,3 @@ def test_matrices_are_loaded_without_bank_conflicts(
     extra, phases = module._cuda.take_bank_conflicts()
     assert phases > 0
     assert extra == 0
-
