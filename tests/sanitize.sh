@@ -34,11 +34,9 @@ symbols = open(_cpu.__file__, "rb").read()
 assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built without sanitizers"
 assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
 END
-run_tests() {  # with what to select
-  "$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-    "$root/tests/test_contract.py" -k "$1"
-}
-run_tests "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
+"$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+  "$root/tests/test_contract.py" \
+  -k "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
 
 # float32 throughout, and the plain kernels of both kinds of halves. Compiled before a sanitizer is preloaded.
 selected="cuda_emulated-800 and (test_case_in_float32 and (-everything or -causal_window) or \
@@ -46,8 +44,10 @@ selected="cuda_emulated-800 and (test_case_in_float32 and (-everything or -causa
 cd "$root"
 for kind in address,undefined thread; do
   flags="-fsanitize=$kind -fno-sanitize-recover=all -O1"
-  LD_PRELOAD= ATTN_EXT_EMULATED_FLAGS=$flags PYTHONPATH=tests .venv/bin/python -c "import emulated; emulated.build(800)"
-  [ "$kind" = thread ] && LD_PRELOAD="$(gcc -print-file-name=libtsan.so)"
-  ATTN_EXT_EMULATED_FLAGS=$flags TSAN_OPTIONS=halt_on_error=1 setarch -R bash -c \
-    "root='$root'; $(declare -f run_tests); run_tests '$selected'"
+  library="$LD_PRELOAD"
+  [ "$kind" = thread ] && library="$(gcc -print-file-name=libtsan.so)"
+  export ATTN_EXT_EMULATED_FLAGS=$flags
+  LD_PRELOAD= PYTHONPATH=tests .venv/bin/python -c "import emulated; emulated.build(800)"
+  LD_PRELOAD= setarch -R env LD_PRELOAD="$library" TSAN_OPTIONS=halt_on_error=1 .venv/bin/python -m pytest -q \
+    -p no:cacheprovider tests/test_contract.py -k "$selected"
 done
