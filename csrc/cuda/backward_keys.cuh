@@ -110,16 +110,10 @@ __device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_k
   const int end = within(last_key + p.left - p.diagonal + 1);
   const int full_first = within(last_key - p.right - p.diagonal);
   const int full_end = within(first_key + p.left - p.diagonal + 1);
-  TileOrder order;
-  order.first = first / kRows;
-  order.count = max((end + kRows - 1) / kRows - order.first, 0);
-  order.full_first = (full_first + kRows - 1) / kRows;
+  if (all_edges || last_key >= p.key_length) return TileOrder::make(first, end, 0, 0, kRows);
   // The last rows may be fewer than a tile has: those that do not exist have a weight of 0.
-  const int full_tiles =
-      full_end == p.query_length ? (full_end + kRows - 1) / kRows : full_end / kRows;
-  const int full = all_edges || last_key >= p.key_length ? 0 : full_tiles - order.full_first;
-  order.edges = order.count - max(full, 0);
-  return order;
+  const int round_up = full_end == p.query_length ? kRows - 1 : 0;
+  return TileOrder::make(first, end, full_first, full_end + round_up, kRows);
 }
 
 template <typename Element, int kWidth, bool kGeneral, Pass kPass, int kGivenStages = 2>
@@ -224,16 +218,7 @@ __global__ void __launch_bounds__(kThreads)
       if (kStages == 1 && next >= 0) copy_rows(next, 0);
     };
     if (order.count > 0) copy_rows(order.tile(0) * kRows, stage);
-    for (int index = 0; index < order.edges; ++index) {
-      const int next = index + 1 < order.count ? order.tile(index + 1) * kRows : -1;
-      visit(order.tile(index) * kRows, next, std::true_type{});
-    }
-    if constexpr (!kGeneral) {
-      const int last = (order.full_first + order.count - order.edges - 1) * kRows;
-      for (int row = order.full_first * kRows; row <= last; row += kRows) {
-        visit(row, row < last ? row + kRows : -1, std::false_type{});
-      }
-    }
+    order.for_each<kRows, kGeneral>(visit);
   }
   wait_for_copies<0>();
 

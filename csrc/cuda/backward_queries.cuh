@@ -97,16 +97,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSteps = kWidth / kDepth<Element>;
 
   const int query_length = static_cast<int>(p.query_length);
-  const int key_length = static_cast<int>(p.key_length);
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const int blocks = (query_length + Shape::kRows - 1) / Shape::kRows;
-  const int pair = static_cast<int>(blockIdx.x) / blocks;
-  const int block = blocks - 1 - static_cast<int>(blockIdx.x) % blocks;
-  const int heads = static_cast<int>(p.query_heads);
-  const Head head = Head::make(p, pair / heads, pair % heads);
-  const int first_row = block * Shape::kRows;
-  const int rows = min(Shape::kRows, query_length - first_row);
-  const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
+  const int head_dim = static_cast<int>(p.head_dim);
+  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows);
+  const Head& head = block.head;
+  const int first_row = block.first;
+  const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
   const auto queries =
@@ -170,16 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     if (next >= 0) keys.copy(next);
     commit_copies();
   };
-  for (int index = 0; index < order.edges; ++index) {
-    const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;
-    visit(order.tile(index) * kKeys, next, std::true_type{});
-  }
-  if constexpr (!kGeneral) {
-    const int last = (order.full_first + order.count - order.edges - 1) * kKeys;
-    for (int key = order.full_first * kKeys; key <= last; key += kKeys) {
-      visit(key, key < last ? key + kKeys : -1, std::false_type{});
-    }
-  }
+  order.for_each<kKeys, kGeneral>(visit);
   wait_for_copies<0>();
 
 #pragma unroll
@@ -187,9 +173,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + warp_row + 16 * m + 8 * half + g;
-      float sum = sums[m][half];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
+      const float sum = sum_over_row(sums[m][half]);
       if (row >= query_length) continue;
       write_row(at<Element>(to.dquery, head.batch, head.head, row), head_dim, half,
                 static_cast<float>(p.scale), dq[m], !kGeneral);

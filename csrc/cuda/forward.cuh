@@ -33,27 +33,59 @@ struct ForwardShape {
   static constexpr int kSharedBytes = Values::kEnd;
 };
 
-// The tiles of keys that some row of a block sees, in the order of work: those at an edge first.
+// The tiles that a block goes through, of keys or of rows, in the order of work: those at an edge
+// first, where some pair may be hidden by position.
 struct TileOrder {
   int first, count;       // all tiles
-  int full_first, edges;  // the first that every row sees whole; how many are not seen so
+  int full_first, edges;  // the first without hidden pairs; how many there are with such
 
-  __device__ __forceinline__ static TileOrder make(const Problem& p, int first_row, int last_row,
-                                                   int keys, bool all_edges) {
-    const Visible top = Visible::of_row(p, first_row), bottom = Visible::of_row(p, last_row);
+  // Of `size` keys (or rows) a tile: [begin, end) see anything, [full_begin, full_end) everything.
+  __device__ __forceinline__ static TileOrder make(int begin, int end, int full_begin, int full_end,
+                                                   int size) {
     TileOrder order;
-    order.first = top.begin / keys;
-    const int end = (bottom.end + keys - 1) / keys;
-    order.count = end > order.first ? end - order.first : 0;
-    order.full_first = (bottom.begin + keys - 1) / keys;
-    const int full = all_edges ? 0 : top.end / keys - order.full_first;
-    order.edges = order.count - (full > 0 ? full : 0);
+    order.first = begin / size;
+    order.count = max((end + size - 1) / size - order.first, 0);
+    order.full_first = (full_begin + size - 1) / size;
+    order.edges = order.count - max(full_end / size - order.full_first, 0);
     return order;
+  }
+  __device__ __forceinline__ static TileOrder of_keys(const Problem& p, int first_row, int last_row,
+                                                      int size, bool all_edges) {
+    const Visible top = Visible::of_row(p, first_row), bottom = Visible::of_row(p, last_row);
+    return make(top.begin, bottom.end, bottom.begin, all_edges ? 0 : top.end, size);
   }
   __device__ __forceinline__ int tile(int index) const {
     if (index >= edges) return full_first + index - edges;
     const int full = count - edges, leading = full > 0 ? full_first - first : edges;
     return first + index + (index >= leading ? full : 0);
+  }
+
+  // Calls visit(first of a tile, first of the next or -1, whether it is at an edge: a type).
+  template <int kSize, bool kAllEdges, typename Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+    for (int index = 0; index < edges; ++index) {
+      const int next = index + 1 < count ? tile(index + 1) * kSize : -1;
+      visit(tile(index) * kSize, next, std::true_type{});
+    }
+    if constexpr (!kAllEdges) {
+      const int last = (full_first + count - edges - 1) * kSize;
+      for (int at = full_first * kSize; at <= last; at += kSize) {
+        visit(at, at < last ? at + kSize : -1, std::false_type{});
+      }
+    }
+  }
+};
+
+// The query rows of a thread block, the last ones first: causality makes them long.
+struct BlockOfRows {
+  Head head;
+  int first, last;
+
+  __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size) {
+    const int length = static_cast<int>(p.query_length), heads = static_cast<int>(p.query_heads);
+    const int blocks = (length + size - 1) / size, index = static_cast<int>(blockIdx.x);
+    const int pair = index / blocks, first = (blocks - 1 - index % blocks) * size;
+    return {Head::make(p, pair / heads, pair % heads), first, min(first + size, length) - 1};
   }
 };
 
@@ -178,9 +210,7 @@ __device__ __attribute__((noinline)) void careful_row(const Problem& p, const Fo
   }
   for (int key = visible.begin; key < visible.end; ++key) {
     const Element* k = at<const Element>(p.key, head.batch, head.key_head, key);
-    float product = 0;
-    for (int d = lane; d < p.head_dim; d += 32) product += to_float(query[d]) * to_float(k[d]);
-    product = over_warp(product, [](float a, float b) { return a + b; });
+    const float product = dot_by_warp(query, k, p.head_dim);
     float slope;
     const float score = score_of(p, head, visible, row, key, product, &slope);
     if (score == -kInfinity) continue;
@@ -237,8 +267,7 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
   float sum = 0;  // of products with 0: NaN if anything was not finite
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) sum += x[n][2 * half] * 0.0f + x[n][2 * half + 1] * 0.0f;
-  sum += shuffle_xor(sum, 1);
-  sum += shuffle_xor(sum, 2);
+  sum = sum_over_row(sum);
   return sum == sum;
 }
 
@@ -272,17 +301,12 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSteps = kWidth / kDepth<Element>;
 
   const int query_length = static_cast<int>(p.query_length);
-  const int key_length = static_cast<int>(p.key_length);
-  const int blocks = (query_length + Shape::kRows - 1) / Shape::kRows;
-  const int pair = static_cast<int>(blockIdx.x) / blocks;
-  const int block = blocks - 1 - static_cast<int>(blockIdx.x) % blocks;
-  const int heads = static_cast<int>(p.query_heads);
-  const Head head = Head::make(p, pair / heads, pair % heads);
-  const int first_row = block * Shape::kRows;
-  const int rows = min(Shape::kRows, query_length - first_row);
-  const TileOrder order = TileOrder::make(p, first_row, first_row + rows - 1, kKeys, kGeneral);
+  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows);
+  const Head& head = block.head;
+  const int first_row = block.first;
+  const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
 
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
   const auto queries =
       source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
   const auto keys =
@@ -334,24 +358,13 @@ __global__ void __launch_bounds__(kThreads)
     if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
     multiply_accumulators<Values>(out, s, lane_v, Element{});
   };
-  for (int index = 0; index < order.edges; ++index) {
-    const int next = index + 1 < order.count ? order.tile(index + 1) * kKeys : -1;
-    visit(order.tile(index) * kKeys, next, std::true_type{});
-  }
-  if constexpr (!kGeneral) {
-    const int last = (order.full_first + order.count - order.edges - 1) * kKeys;
-    for (int key = order.full_first * kKeys; key <= last; key += kKeys) {
-      visit(key, key < last ? key + kKeys : -1, std::false_type{});
-    }
-  }
+  order.for_each<kKeys, kGeneral>(visit);
 
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = softmax.sum[m][half];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
+      const float sum = sum_over_row(softmax.sum[m][half]);
       const int row = first_row + warp_row + 16 * m + 8 * half + g;
       if (row >= query_length) continue;
       const float inverse = sum == 0 ? 0.0f : 1.0f / sum;

@@ -48,16 +48,8 @@ __device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
   if (score == -kInfinity) return result;
   const float weight = exp2(score - values.lse - values.rest);
   if (to.dweights) {
-    const int64_t index = head.batch * to.dweights.stride[0] + head.head * to.dweights.stride[1] +
-                          row * to.dweights.stride[2] + key * to.dweights.stride[3];
-    dweight = static_cast<float>(to.dweights_scale);
-    if (p.dtype == DType::kFloat32) dweight *= static_cast<const float*>(to.dweights.data)[index];
-    if (p.dtype == DType::kFloat16) {
-      dweight *= to_float(static_cast<const Float16*>(to.dweights.data)[index]);
-    }
-    if (p.dtype == DType::kBFloat16) {
-      dweight *= to_float(static_cast<const BFloat16*>(to.dweights.data)[index]);
-    }
+    dweight = static_cast<float>(to.dweights_scale) *
+              entry_of(to.dweights, p.dtype, head.batch, head.head, row, key);
   }
   const float keep = p.dropout_p > 0 ? keep_factor(p, head, row, key) : 1.0f;
   result.weight = weight * keep;
@@ -79,8 +71,7 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
                                                   float (&s)[kMTiles][kNTiles][4],
                                                   float (&dp)[kMTiles][kNTiles][4], Rows rows,
                                                   float (*row_sums)[2] = nullptr) {
-  Unrolled<kMTiles, kNTiles> weights(s), gradients(dp);
-  Unrolled<kMTiles, kNTiles> of_scores(dp);
+  Unrolled<kMTiles, kNTiles> weights(s), gradients(dp), of_scores(dp);
   for_each_place<kTransposed, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
     const PairGradient pair = gradient_of_pair(p, to, head, row, key, weights.items[index],
                                                gradients.items[index], rows(row));
@@ -90,14 +81,9 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
   });
   weights.copy_to(s);
   if (row_sums) {
-    of_scores.copy_to(dp);
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) row_sums[m][i / 2] += dp[m][n][i];
-      }
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      row_sums[i / (4 * kNTiles)][i % 4 / 2] += of_scores.items[i];
     }
   }
   gradients.copy_to(dp);
@@ -157,17 +143,12 @@ __device__ inline PairGradient careful_pair(const Problem& p, const BackwardArgu
   if (key < visible.begin || key >= visible.end) return {0, 0, 0};
   const Element* q = at<const Element>(p.query, head.batch, head.head, row);
   const Element* k = at<const Element>(p.key, head.batch, head.key_head, key);
-  float product = 0, dweight = 0;
-  for (int d = lane_index(); d < p.head_dim; d += 32) product += to_float(q[d]) * to_float(k[d]);
+  const float product = dot_by_warp(q, k, p.head_dim);
+  float dweight = 0;
   if (to.dout) {
-    const Element* v = at<const Element>(p.value, head.batch, head.key_head, key);
-    const Element* dout = at<const Element>(to.dout, head.batch, head.head, row);
-    for (int d = lane_index(); d < p.value_dim; d += 32) {
-      dweight += to_float(v[d]) * to_float(dout[d]);
-    }
+    dweight = dot_by_warp(at<const Element>(p.value, head.batch, head.key_head, key),
+                          at<const Element>(to.dout, head.batch, head.head, row), p.value_dim);
   }
-  const auto add = [](float a, float b) { return a + b; };
-  product = over_warp(product, add), dweight = over_warp(dweight, add);
   return gradient_of_pair(p, to, head, row, key, product, dweight, values);
 }
 

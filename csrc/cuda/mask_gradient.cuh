@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kThreads)
 
   const int query_length = static_cast<int>(p.query_length);
   const int key_length = static_cast<int>(p.key_length);
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   const View& mask = to.dmask;
   const auto blocks_of = [&](int dimension, int64_t size, int step) {
     return mask.stride[dimension] == 0 ? 1 : (static_cast<int>(size) + step - 1) / step;

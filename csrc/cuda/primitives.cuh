@@ -238,11 +238,15 @@ __device__ __forceinline__ uint32_t ballot(bool yes) {
 #endif
 }
 
-template <typename Combine>
-__device__ __forceinline__ float over_warp(float x, Combine combine) {
+__device__ __forceinline__ float sum_over_warp(float x) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = combine(x, shuffle_xor(x, mask));
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
+}
+// Over the four lanes that hold a row of C.
+__device__ __forceinline__ float sum_over_row(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
 }
 
 // --- Shared memory

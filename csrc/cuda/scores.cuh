@@ -17,6 +17,22 @@ __device__ __forceinline__ T* at(const View& view, int64_t b, int64_t h, int64_t
          row * view.stride[2] + column * view.stride[3];
 }
 
+// An entry of a tensor whose dtype is known when the kernel runs.
+__device__ __forceinline__ float entry_of(const View& view, DType dtype, int64_t b, int64_t h,
+                                          int64_t row, int64_t column) {
+  if (dtype == DType::kFloat16) return to_float(*at<const Float16>(view, b, h, row, column));
+  if (dtype == DType::kBFloat16) return to_float(*at<const BFloat16>(view, b, h, row, column));
+  return *at<const float>(view, b, h, row, column);
+}
+
+// The product of two rows, by a whole warp.
+template <typename Element>
+__device__ __forceinline__ float dot_by_warp(const Element* a, const Element* b, int64_t width) {
+  float sum = 0;
+  for (int d = lane_index(); d < width; d += 32) sum += to_float(a[d]) * to_float(b[d]);
+  return sum_over_warp(sum);
+}
+
 // The keys [begin, end) that a row may see by position.
 struct Visible {
   int begin, end;
@@ -47,18 +63,10 @@ struct Head {
 // An entry of a mask in units of log2, -inf where it forbids.
 __device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t h, int64_t row,
                                             int64_t column) {
-  const int64_t index =
-      b * mask.stride[0] + h * mask.stride[1] + row * mask.stride[2] + column * mask.stride[3];
-  switch (mask.dtype) {
-    case DType::kBool:
-      return static_cast<const uint8_t*>(mask.data)[index] ? 0.0f : -kInfinity;
-    case DType::kFloat16:
-      return kLog2E * to_float(static_cast<const Float16*>(mask.data)[index]);
-    case DType::kBFloat16:
-      return kLog2E * to_float(static_cast<const BFloat16*>(mask.data)[index]);
-    default:
-      return kLog2E * static_cast<const float*>(mask.data)[index];
+  if (mask.dtype == DType::kBool) {
+    return *at<const uint8_t>(mask, b, h, row, column) ? 0.0f : -kInfinity;
   }
+  return kLog2E * entry_of(mask, mask.dtype, b, h, row, column);
 }
 
 // softcap * tanh(x / softcap); `slope` becomes its derivative.

@@ -134,21 +134,6 @@ struct Source {
 template <typename Element>
 constexpr int kDepth = 32 / static_cast<int>(sizeof(Element));  // 16 or 8 elements
 
-// A (16 x depth) from `row` of the lane's on.
-template <typename Tile>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], typename Tile::Lane lane, int row,
-                                       int step) {
-  load_matrices<false>(a, lane.at(row, step));
-}
-
-// B (depth x 16), its columns being rows of the tile: b[0], b[1] of columns 0 to 7, b[2], b[3] of
-// columns 8 to 15.
-template <typename Tile>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], typename Tile::Lane lane, int row,
-                                       int step) {
-  load_matrices<false>(b, lane.at(row, step));
-}
-
 // B (depth x 16), its rows being rows of the tile from `row` on, its columns the tile's from
 // 16 * `block` on. Of float32, row t + 4 i of B is row 2 t + i, as accumulators_as_a has it.
 template <typename Tile, typename Element>
@@ -190,16 +175,16 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
                                               typename TileA::Lane lane_a,
                                               typename TileB::Lane lane_b, Element element) {
   // A product of float32 is long already.
-  constexpr int kUnrolled = kIsHalf<Element> ? kSteps : 1;
+  [[maybe_unused]] constexpr int kUnrolled = kIsHalf<Element> ? kSteps : 1;
 #pragma unroll kUnrolled
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) load_a<TileA>(a[m], lane_a, 16 * m, step);
+    for (int m = 0; m < kMTiles; ++m) load_matrices<false>(a[m], lane_a.at(16 * m, step));
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
       uint32_t b[4];
-      load_b<TileB>(b, lane_b, 8 * n, step);
+      load_matrices<false>(b, lane_b.at(8 * n, step));
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         multiply_add(c[m][n], a[m], b[0], b[1], element);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int query_length = static_cast<int>(p.query_length);
   const int key_length = static_cast<int>(p.key_length);
-  const int heads = static_cast<int>(p.query_heads), head_dim = static_cast<int>(p.head_dim);
+  const int heads = static_cast<int>(p.query_heads);
   const int row_blocks = (query_length + Shape::kRows - 1) / Shape::kRows;
   const int key_blocks = (key_length + Shape::kKeys - 1) / Shape::kKeys;
   const int key = static_cast<int>(blockIdx.x) % key_blocks * Shape::kKeys;
