@@ -87,8 +87,10 @@ def select(problem: Problem, requested: str | None = None) -> ModuleType:
         if reasons:
             raise NotImplementedError(f"backend {name!r} can't run this: {'; '.join(reasons)}")
         return backend
-    # Of CPU tensors the first backend would only say that it takes CUDA's, at a microsecond a call.
-    for name in BACKENDS[1:] if problem.query.is_cpu else BACKENDS:
+    on_cpu = problem.query.is_cpu
+    for name in BACKENDS:
+        if on_cpu and name == "cuda":
+            continue  # it would only say that it takes CUDA tensors, at a microsecond a call
         backend = load(name)
         if not backend.not_supported_reasons(problem):
             if name == "reference":

@@ -40,15 +40,11 @@ void backward(int device, uintptr_t stream, bool allow_tf32, py::handle problem,
               double dweights_scale, py::handle dquery, py::handle dkey, py::handle dvalue,
               py::handle dmask, py::handle row_term) {
   const Problem p = as_problem(problem, dropout);
-  const Rows outs(std::move(out), p.native.value_dim), douts(std::move(dout), p.native.value_dim);
-  attn_ext::BackwardArguments to;
-  to.out = outs.view, to.lse = as_view(lse), to.dout = douts.view, to.dlse = as_view(dlse);
-  to.dweights = as_view(dweights), to.dweights_scale = dweights_scale;
-  to.dquery = as_view(dquery), to.dkey = as_view(dkey), to.dvalue = as_view(dvalue);
-  to.dmask = as_mask(dmask), to.row_term = as_view(row_term);
+  const Backward to = as_backward(p, std::move(out), lse, std::move(dout), dlse, dweights,
+                                  dweights_scale, dquery, dkey, dvalue, dmask, row_term);
   const py::gil_scoped_release release;
   const cuda::DeviceGuard guard(device);
-  cuda::backward(p.native, to, as_settings(device, stream, allow_tf32));
+  cuda::backward(p.native, to.native, as_settings(device, stream, allow_tf32));
 }
 
 void weights(int device, uintptr_t stream, bool allow_tf32, py::handle problem, py::handle dropout,

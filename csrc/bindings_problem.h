@@ -199,4 +199,24 @@ inline Problem as_problem(py::handle problem, py::handle dropout) {
   return result;
 }
 
+// attention.h's arguments of a backward pass, and what must live as long.
+struct Backward {
+  Rows out, dout;
+  attn_ext::BackwardArguments native;
+};
+
+inline Backward as_backward(const Problem& p, py::object out, py::handle lse, py::object dout,
+                            py::handle dlse, py::handle dweights, double dweights_scale,
+                            py::handle dquery, py::handle dkey, py::handle dvalue, py::handle dmask,
+                            py::handle row_term) {
+  const int64_t width = p.native.value_dim;
+  Backward result{Rows(std::move(out), width), Rows(std::move(dout), width), {}};
+  attn_ext::BackwardArguments& to = result.native;
+  to.out = result.out.view, to.lse = as_view(lse), to.dout = result.dout.view;
+  to.dlse = as_view(dlse), to.dweights = as_view(dweights), to.dweights_scale = dweights_scale;
+  to.dquery = as_view(dquery), to.dkey = as_view(dkey), to.dvalue = as_view(dvalue);
+  to.dmask = as_mask(dmask), to.row_term = as_view(row_term);
+  return result;
+}
+
 }  // namespace attn_ext::bindings
