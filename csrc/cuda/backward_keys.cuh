@@ -98,24 +98,6 @@ __device__ __attribute__((noinline)) void careful_key(const Problem& p, const Ba
   }
 }
 
-// The tiles of rows that see some key of a block, in the order of work: those at an edge first.
-template <int kRows>
-__device__ __forceinline__ TileOrder order_of_rows(const Problem& p, int first_key, int last_key,
-                                                   bool all_edges) {
-  // Row i sees key j if j - right <= i + diagonal <= j + left.
-  const auto within = [&](int64_t row) {
-    return static_cast<int>(row < 0 ? 0 : row < p.query_length ? row : p.query_length);
-  };
-  const int first = within(first_key - p.right - p.diagonal);
-  const int end = within(last_key + p.left - p.diagonal + 1);
-  const int full_first = within(last_key - p.right - p.diagonal);
-  const int full_end = within(first_key + p.left - p.diagonal + 1);
-  if (all_edges || last_key >= p.key_length) return TileOrder::make(first, end, 0, 0, kRows);
-  // The last rows may be fewer than a tile has: those that do not exist have a weight of 0.
-  const int round_up = full_end == p.query_length ? kRows - 1 : 0;
-  return TileOrder::make(first, end, full_first, full_end + round_up, kRows);
-}
-
 template <typename Element, int kWidth, bool kGeneral, Pass kPass, int kGivenStages = 2>
 __global__ void __launch_bounds__(kThreads)
     key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
@@ -140,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
   const TileOrder order =
-      order_of_rows<kRows>(p, first_key, first_key + Shape::kKeys - 1, kGeneral);
+      TileOrder::of_rows(p, first_key, first_key + Shape::kKeys - 1, kRows, kGeneral);
   const bool weights_only = kGeneral && to.dweights;
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
@@ -153,6 +135,8 @@ __global__ void __launch_bounds__(kThreads)
   const int warp_key = warp_index() * 16 * kMTiles;
   const auto lane_k = Keys::Lane::of_a(warp_key);
   const auto lane_v = Values::Lane::of_a(warp_key);
+  const auto lane_q = Queries::Lane::of_b(), lane_q_by_row = Queries::Lane::of_a();
+  const auto lane_do = Gradients::Lane::of_b(), lane_do_by_row = Gradients::Lane::of_a();
   float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
   float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
   uint32_t stage = 0;
@@ -185,10 +169,7 @@ __global__ void __launch_bounds__(kThreads)
       if (thread < kRows) tile_rows.set(thread, ahead);
       wait_for_copies<0>();
       synchronize_block();  // this tile is here; with two stages, the other's is read no more
-      const auto lane_q = Queries::Lane::of_b(stage);
-      const auto lane_q_by_row = Queries::Lane::of_a(0, stage);
-      const auto lane_do = Gradients::Lane::of_b(stage);
-      const auto lane_do_by_row = Gradients::Lane::of_a(0, stage);
+      const uint32_t now = stage;
       if (kStages == 2) {
         stage ^= Shape::kStageBytes;
         if (next >= 0) copy_rows(next, stage);
@@ -198,9 +179,9 @@ __global__ void __launch_bounds__(kThreads)
         return tile_rows.get(4 * n + lane_index() % 4, j % 2);
       };
       start_gradients<!kGeneral>(dp, values_of);
-      multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q, Element{});
+      multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q.moved(now), Element{});
       if (!weights_only) {
-        multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do, Element{});
+        multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do.moved(now), Element{});
       }
       const auto place = Place<true>::of_lane(row, first_key + warp_key);
       if constexpr (kGeneral) {
@@ -211,13 +192,13 @@ __global__ void __launch_bounds__(kThreads)
         plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
       }
       if constexpr (kWantsValues) {
-        if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row, Element{});
+        if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row.moved(now), Element{});
       }
-      if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row, Element{});
+      if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row.moved(now), Element{});
       synchronize_block();  // nobody reads this tile or its row values any more
       if (kStages == 1 && next >= 0) copy_rows(next, 0);
     };
-    if (order.count > 0) copy_rows(order.tile(0) * kRows, stage);
+    if (order.start() >= 0) copy_rows(order.start() * kRows, stage);
     order.for_each<kRows, kGeneral>(visit);
   }
   wait_for_copies<0>();

@@ -114,12 +114,15 @@ __global__ void __launch_bounds__(kThreads)
       source_of<Values, !kGeneral>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
   queries.copy(first_row);
   if (!weights_only) douts.copy(first_row);
-  if (order.count > 0) keys.copy(order.tile(0) * kKeys);
+  if (order.start() >= 0) keys.copy(order.start() * kKeys);
+  values.clear_beyond_width();
   commit_copies();
 
   const int g = lane_index() / 4, warp_row = warp_index() * 16 * kMTiles;
   const auto lane_q = Queries::Lane::of_a(warp_row);
+  const auto lane_do = Gradients::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
+  const auto lane_v = Values::Lane::of_b();
   const auto lane_k_by_row = Keys::Lane::of_a();
   const View none{};
   RowValues row_values[kMTiles][2];
@@ -141,14 +144,13 @@ __global__ void __launch_bounds__(kThreads)
     start_gradients<!kGeneral>(dp, values_of);
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    if (!weights_only) values.copy(key);
+    if (!weights_only) values.template copy<!decltype(edge)::value>(key);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here
     if (!weights_only) {
-      multiply_rows<Gradients, Values, kSteps>(dp, Gradients::Lane::of_a(warp_row),
-                                               Values::Lane::of_b(), Element{});
+      multiply_rows<Gradients, Values, kSteps>(dp, lane_do, lane_v, Element{});
     }
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     multiply_accumulators<Keys>(dq, dp, lane_k_by_row, Element{});
     synchronize_block();  // nobody reads the keys any more
-    if (next >= 0) keys.copy(next);
+    if (next >= 0) keys.template copy<!decltype(edge)::value>(next);
     commit_copies();
   };
   order.for_each<kKeys, kGeneral>(visit);

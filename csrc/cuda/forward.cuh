@@ -34,41 +34,55 @@ struct ForwardShape {
 };
 
 // The tiles that a block goes through, of keys or of rows, in the order of work: those at an edge
-// first, where some pair may be hidden by position.
+// first, where some pair may be hidden by position; then [full_first, full_end), where none is.
 struct TileOrder {
-  int first, count;       // all tiles
-  int full_first, edges;  // the first without hidden pairs; how many there are with such
+  int first, end, full_first, full_end;
 
-  // Of `size` keys (or rows) a tile: [begin, end) see anything, [full_begin, full_end) everything.
-  __device__ __forceinline__ static TileOrder make(int begin, int end, int full_begin, int full_end,
-                                                   int size) {
+  // Of `size` keys (or rows) a tile, for a block whose first row (or key) sees `top`, its last one
+  // `bottom`. A tile that is not whole is an edge.
+  __device__ __forceinline__ static TileOrder make(Visible top, Visible bottom, int size,
+                                                   bool all_edges) {
     TileOrder order;
-    order.first = begin / size;
-    order.count = max((end + size - 1) / size - order.first, 0);
-    order.full_first = (full_begin + size - 1) / size;
-    order.edges = order.count - max(full_end / size - order.full_first, 0);
+    order.first = order.full_first = order.full_end = top.begin / size;
+    order.end = (bottom.end + size - 1) / size;
+    const int full_first = (bottom.begin + size - 1) / size, full_end = top.end / size;
+    if (!all_edges && full_first < full_end) {
+      order.full_first = full_first, order.full_end = full_end;
+    }
     return order;
   }
   __device__ __forceinline__ static TileOrder of_keys(const Problem& p, int first_row, int last_row,
                                                       int size, bool all_edges) {
-    const Visible top = Visible::of_row(p, first_row), bottom = Visible::of_row(p, last_row);
-    return make(top.begin, bottom.end, bottom.begin, all_edges ? 0 : top.end, size);
+    return make(Visible::of_row(p, first_row), Visible::of_row(p, last_row), size, all_edges);
   }
-  __device__ __forceinline__ int tile(int index) const {
-    if (index >= edges) return full_first + index - edges;
-    const int full = count - edges, leading = full > 0 ? full_first - first : edges;
-    return first + index + (index >= leading ? full : 0);
+  __device__ __forceinline__ static TileOrder of_rows(const Problem& p, int first_key, int last_key,
+                                                      int size, bool all_edges) {
+    return make(Visible::of_key(p, first_key), Visible::of_key(p, last_key), size, all_edges);
+  }
+  // This tile, or the next one that is at an edge.
+  __device__ __forceinline__ int edge_from(int tile) const {
+    return tile == full_first ? full_end : tile;
+  }
+  // What comes after the edges, or -1.
+  __device__ __forceinline__ int after_edges() const {
+    return full_first < full_end ? full_first : -1;
+  }
+  // The tile that comes first of all, or -1.
+  __device__ __forceinline__ int start() const {
+    const int edge = edge_from(first);
+    return edge < end ? edge : after_edges();
   }
 
-  // Calls visit(first of a tile, first of the next or -1, whether it is at an edge: a type).
+  // Calls visit(first of a tile, first of the next or negative, whether it is at an edge: a type).
   template <int kSize, bool kAllEdges, typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (int index = 0; index < edges; ++index) {
-      const int next = index + 1 < count ? tile(index + 1) * kSize : -1;
-      visit(tile(index) * kSize, next, std::true_type{});
+    for (int tile = edge_from(first); tile < end;) {
+      const int next = edge_from(tile + 1);
+      visit(tile * kSize, (next < end ? next : after_edges()) * kSize, std::true_type{});
+      tile = next;
     }
     if constexpr (!kAllEdges) {
-      const int last = (full_first + count - edges - 1) * kSize;
+      const int last = (full_end - 1) * kSize;
       for (int at = full_first * kSize; at <= last; at += kSize) {
         visit(at, at < last ? at + kSize : -1, std::false_type{});
       }
@@ -83,7 +97,7 @@ struct BlockOfRows {
 
   __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size) {
     const int length = static_cast<int>(p.query_length), heads = static_cast<int>(p.query_heads);
-    const int blocks = (length + size - 1) / size, index = static_cast<int>(blockIdx.x);
+    const int blocks = (length + size - 1) / size, index = static_cast<int>(opaque(blockIdx.x));
     const int pair = index / blocks, first = (blocks - 1 - index % blocks) * size;
     return {Head::make(p, pair / heads, pair % heads), first, min(first + size, length) - 1};
   }
@@ -151,14 +165,12 @@ __device__ __forceinline__ void hide_by_position(const Problem& p, Place<false> 
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Visible visible = Visible::of_row(p, place.row(m, 0, 2 * half));
-      const int begin = visible.begin - place.first_key, end = visible.end - place.first_key;
+      const uint32_t visible = place.template visible_columns<kNTiles>(p, m, half);
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int key = 8 * n + i % 2;
-          if (key < begin || key >= end) s[m][n][i] = -kInfinity;
+        for (int i = 0; i < 2; ++i) {
+          if ((visible >> (2 * n + i) & 1) == 0) s[m][n][2 * half + i] = -kInfinity;
         }
       }
     }
@@ -276,17 +288,49 @@ template <int kMTiles, int kNTiles, typename Redo>
 __device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
                                           Redo redo) {
   synchronize_warp();  // after what was written of these rows
+  // The four lanes of a row agree: of each nibble, bit i stands for the row 8 i below.
+  uint32_t wanted = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kMTiles; ++i) {
+    wanted |= (ballot(!row_is_finite(x[i / 2], i % 2)) & 0x11111111) << i;
+  }
+  static_assert(kMTiles <= 2, "a nibble has four bits");
+  for (; wanted != 0; wanted &= wanted - 1) {
+    const int bit = 31 - count_leading_zeros(wanted & -wanted);
+    const int row = base + bit % 4 * 8 + bit / 4;
+    if (row < rows) redo(row);
+  }
+}
+
+// Writes the rows of a warp. What it computes again of the block's place would else take registers
+// all through the loop.
+template <typename Element, int kWidth, bool kGeneral, int kMTiles, int kOutTiles>
+__device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArguments& to,
+                                            const Softmax<kMTiles>& softmax,
+                                            const float (&out)[kMTiles][kOutTiles][4]) {
+  const BlockOfRows block = BlockOfRows::make(p, 16 * kMTiles * kWarps);
+  const Head& head = block.head;
+  const int thread = static_cast<int>(opaque(threadIdx.x)), g = thread % 32 / 4, t = thread % 4;
+  const int first_row = block.first + thread / 32 * 16 * kMTiles;
+  const int length = static_cast<int>(p.query_length);
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t votes = ballot(!row_is_finite(x[m], half));
-      for (int g = 0; votes != 0; ++g, votes >>= 4) {
-        const int row = base + 16 * m + 8 * half + g;
-        if ((votes & 1) != 0 && row < rows) redo(row);
+      const float sum = sum_over_row(softmax.sum[m][half]);
+      const int row = first_row + 16 * m + 8 * half + g;
+      if (row >= length) continue;
+      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+      write_row(at<Element>(to.out, head.batch, head.head, row), static_cast<int>(p.value_dim),
+                half, inverse, out[m], !kGeneral);
+      if (to.lse && t == 0) {
+        *at<float>(to.lse, head.batch, head.head, row) =
+            lse_of(softmax.max[m][half] * (kGeneral ? 1.0f : head.scale), sum);
       }
     }
   }
+  redo_rows(out, first_row, length,
+            [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
 }
 
 template <typename Element, int kWidth, bool kGeneral>
@@ -306,7 +350,6 @@ __global__ void __launch_bounds__(kThreads)
   const int first_row = block.first;
   const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
 
-  const int value_dim = static_cast<int>(p.value_dim);
   const auto queries =
       source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
   const auto keys =
@@ -314,11 +357,12 @@ __global__ void __launch_bounds__(kThreads)
   const auto values =
       source_of<Values, !kGeneral>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
   queries.copy(first_row);
-  if (order.count > 0) keys.copy(order.tile(0) * kKeys);
+  if (order.start() >= 0) keys.copy(order.start() * kKeys);
+  values.clear_beyond_width();
   commit_copies();
 
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
-  const auto lane_q = Queries::Lane::of_a(0, warp_row * Queries::kRowBytes);
+  const auto lane_q = Queries::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_a();
   // The general kernel's scores are in units of log2 already.
@@ -341,12 +385,12 @@ __global__ void __launch_bounds__(kThreads)
     Scores s = {};
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
-    values.copy(key);
+    values.here().template copy<!decltype(edge)::value>(key);
     commit_copies();
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
+    multiply_rows<Queries, Keys, kSteps>(s, lane_q.here(), lane_k.here(), Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
-    if (next >= 0) keys.copy(next);
+    if (next >= 0) keys.here().template copy<!decltype(edge)::value>(next);
     commit_copies();
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
@@ -356,28 +400,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     update_softmax(factor, s, softmax, out);
     if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
-    multiply_accumulators<Values>(out, s, lane_v, Element{});
+    multiply_accumulators<Values>(out, s, lane_v.here(), Element{});
   };
   order.for_each<kKeys, kGeneral>(visit);
 
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = sum_over_row(softmax.sum[m][half]);
-      const int row = first_row + warp_row + 16 * m + 8 * half + g;
-      if (row >= query_length) continue;
-      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-      write_row(at<Element>(to.out, head.batch, head.head, row), value_dim, half, inverse, out[m],
-                !kGeneral);
-      if (to.lse && t == 0) {
-        *at<float>(to.lse, head.batch, head.head, row) = lse_of(softmax.max[m][half] * factor, sum);
-      }
-    }
-  }
   wait_for_copies<0>();
-  redo_rows(out, first_row + warp_row, query_length,
-            [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
+  finish_rows<Element, kWidth, kGeneral>(p, to, softmax, out);
 }
 
 }  // namespace attn_ext::cuda

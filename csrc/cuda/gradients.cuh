@@ -99,6 +99,13 @@ __device__ __forceinline__ void plain_gradients(const Problem& p, const Head& he
                                                 Values values_of) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
+    uint32_t visible[2] = {~0u, ~0u};
+    if constexpr (kEdge) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        visible[half] = place.template visible_columns<kNTiles>(p, m, half);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -106,13 +113,8 @@ __device__ __forceinline__ void plain_gradients(const Problem& p, const Head& he
         const RowValues values = values_of(m, n, i);
         float exponent = s[m][n][i] * head.scale - values.lse;
         if constexpr (!kIsHalf<Element>) exponent -= values.rest;
+        const bool hidden = (visible[i / 2] >> (2 * n + i % 2) & 1) == 0;
         const float weight = exp2(exponent);
-        bool hidden = false;
-        if constexpr (kEdge) {
-          const Visible visible = Visible::of_row(p, place.row(m, n, i));
-          const int key = place.key(m, n, i);
-          hidden = key < visible.begin || key >= visible.end;
-        }
         dp[m][n][i] = hidden ? 0.0f : weight * dp[m][n][i];
         s[m][n][i] = hidden ? 0.0f : weight;
       }

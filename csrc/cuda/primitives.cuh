@@ -73,6 +73,21 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
 #endif
 }
 
+// start + index * step bytes: one instruction, where the compiler may take seven.
+__device__ __forceinline__ const char* address_of(const char* start, int index, int step) {
+#if defined(__CUDA_ARCH__)
+  const char* result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(index), "r"(step), "l"(start));
+  return result;
+#else
+  return start + static_cast<int64_t>(index) * step;
+#endif
+}
+
+__device__ __forceinline__ const char* address_of(const char* start, int index, int64_t step) {
+  return start + index * step;
+}
+
 // A value that the compiler keeps rather than computes again, where registers are short.
 template <typename T>
 __device__ __forceinline__ T* kept(T* pointer) {
@@ -80,6 +95,14 @@ __device__ __forceinline__ T* kept(T* pointer) {
   asm volatile("" : "+l"(pointer));
 #endif
   return pointer;
+}
+
+// A value that loops don't compute things of in advance, for the same reason.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 // --- Conversions, to nearest, ties to even
@@ -164,8 +187,8 @@ __device__ __forceinline__ float exp2(float x) {
 
 // --- Threads of a warp and of a block
 
-__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 
 __device__ __forceinline__ void synchronize_block() {
 #if defined(ATTN_EXT_EMULATED)
@@ -235,6 +258,14 @@ __device__ __forceinline__ uint32_t ballot(bool yes) {
   return __ballot_sync(0xFFFFFFFFu, yes);
 #else
   return yes;
+#endif
+}
+
+__device__ __forceinline__ int count_leading_zeros(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __clz(static_cast<int>(x));
+#else
+  return x == 0 ? 32 : __builtin_clz(x);
 #endif
 }
 

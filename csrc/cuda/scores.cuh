@@ -33,19 +33,25 @@ __device__ __forceinline__ float dot_by_warp(const Element* a, const Element* b,
   return sum_over_warp(sum);
 }
 
-// The keys [begin, end) that a row may see by position.
+// The keys [begin, end) that a row may see by position, or the rows that may see a key.
 struct Visible {
   int begin, end;
 
   __device__ __forceinline__ static Visible of_row(const Problem& p, int row) {
-    const int64_t diagonal = row + p.diagonal, last = p.key_length;
-    const int64_t begin = diagonal - p.left, end = diagonal + p.right + 1;
-    return {static_cast<int>(begin < 0      ? 0
-                             : begin < last ? begin
-                                            : last),
-            static_cast<int>(end < 0      ? 0
-                             : end < last ? end
-                                          : last)};
+    const int64_t diagonal = row + p.diagonal;
+    return within(diagonal - p.left, diagonal + p.right, p.key_length);
+  }
+  __device__ __forceinline__ static Visible of_key(const Problem& p, int key) {
+    const int64_t diagonal = key - p.diagonal;
+    return within(diagonal - p.right, diagonal + p.left, p.query_length);
+  }
+
+ private:
+  __device__ __forceinline__ static Visible within(int64_t first, int64_t last, int64_t length) {
+    const auto clamped = [&](int64_t x) {
+      return static_cast<int>(x < 0 ? 0 : x < length ? x : length);
+    };
+    return {clamped(first), clamped(last + 1)};
   }
 };
 
@@ -136,6 +142,21 @@ struct Place {
   __device__ __forceinline__ static Place of_lane(int row, int key) {
     const int g = lane_index() / 4, t = lane_index() % 4;
     return {row + (kTransposed ? 2 * t : g), key + (kTransposed ? g : 2 * t)};
+  }
+
+  // Which pairs of one row of C are visible by position: bit 2n + i for column i of tile n. One
+  // register, where two bounds to compare with would be two, and twice the instructions.
+  template <int kNTiles>
+  __device__ __forceinline__ uint32_t visible_columns(const Problem& p, int m, int half) const {
+    static_assert(kNTiles <= 16, "a word has 32 bits");
+    const auto below = [](int column) {
+      const int bits = column < 0 ? 0 : column / 8 * 2 + min(column % 8, 2);
+      return bits < 2 * kNTiles ? (1u << bits) - 1 : ~0u;
+    };
+    const Visible visible = kTransposed ? Visible::of_key(p, key(m, 0, 2 * half))
+                                        : Visible::of_row(p, row(m, 0, 2 * half));
+    const int first = kTransposed ? first_row : first_key;
+    return below(visible.end - first) & ~below(visible.begin - first);
   }
 };
 

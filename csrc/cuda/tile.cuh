@@ -61,6 +61,10 @@ struct Tile {
     __device__ __forceinline__ static Lane make(int row, int chunk, uint32_t shift) {
       return {row * kRowBytes + 16 * exchanged(row, chunk), shift};
     }
+    // The same, whose addresses are computed where they are used: a register instead of four.
+    __device__ __forceinline__ Lane here() const { return {opaque(start), shift}; }
+    // The same tile of another stage, `bytes` further.
+    __device__ __forceinline__ Lane moved(uint32_t bytes) const { return {start, shift + bytes}; }
     __device__ __forceinline__ uint32_t at(int first_row, int step) const {
       const uint32_t turned = start ^ static_cast<uint32_t>(2 * step % kPanelChunks * 16);
       return turned + shift + kStart + 2 * step / kPanelChunks * kPanelBytes +
@@ -79,42 +83,67 @@ struct Source {
   int64_t stride;
   int rows, width;
   bool aligned;
-  const char* own;  // what this thread copies of a tile's first rows
+  int own_row, own_chunk;  // of a tile: the first that this thread copies
+  const char* own;         // where those are for the tile at row 0
 
   static constexpr int kRowsAtOnce = kThreads / Tile::kPanelChunks;
   static_assert(Tile::kTileRows % kRowsAtOnce == 0, "all threads copy equally much");
+  using Step = std::conditional_t<kPlain, int, int64_t>;
 
   __device__ __forceinline__ static Source make(const Element* start, int64_t stride, int rows,
                                                 int width, bool aligned) {
-    const char* own = reinterpret_cast<const char*>(start + own_row() * stride);
-    return {start, stride, rows, width, kPlain || aligned, kept(own + 16 * own_chunk())};
+    Source source{start, stride, rows, width, kPlain || aligned, 0, 0, nullptr};
+    source.become_of(threadIdx.x);
+    source.own = kept(source.own);
+    return source;
   }
-  __device__ __forceinline__ static int own_chunk() {
-    return static_cast<int>(threadIdx.x) % Tile::kPanelChunks;
+  // The same, whose part of this thread is computed where it is used: no registers in between.
+  __device__ __forceinline__ Source here() const {
+    Source source = *this;
+    source.become_of(opaque(threadIdx.x));
+    return source;
   }
-  __device__ __forceinline__ static int own_row() {
-    return static_cast<int>(threadIdx.x) / Tile::kPanelChunks;
+  __device__ __forceinline__ void become_of(uint32_t thread) {
+    own_row = static_cast<int>(thread / Tile::kPanelChunks);
+    own_chunk = static_cast<int>(thread % Tile::kPanelChunks);
+    own = address_of(reinterpret_cast<const char*>(start), own_row, step()) + 16 * own_chunk;
+  }
+  // Bytes between rows.
+  __device__ __forceinline__ Step step() const {
+    return static_cast<Step>(stride) * static_cast<int>(sizeof(Element));
   }
 
   // Copies a tile, the rows from `first` on; zeros beyond the last row and the width. What is not
-  // aligned goes element by element and at once. `shift`: as Lane's.
+  // aligned goes element by element and at once. `shift`: as Lane's. kWhole: all rows exist, and
+  // zeros lie beyond the width already.
+  template <bool kWhole = false>
   __device__ __forceinline__ void copy(int first, uint32_t shift = 0) const {
     if (!kPlain && !aligned) return copy_elements(first, shift);
     constexpr int kSize = static_cast<int>(sizeof(Element));
-    using Stride = std::conditional_t<kPlain, int, int64_t>;
-    const Stride step = static_cast<Stride>(stride) * kSize;
-    const uint32_t to = shift + Tile::chunk_offset(own_row(), own_chunk());
+    const char* start_of_tile = address_of(own, first, step());
+    const uint32_t to = shift + Tile::chunk_offset(own_row, own_chunk);
 #pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      const int left = width - (panel * Tile::kPanelChunks + own_chunk()) * Tile::kChunk;
-      const int bytes = kPlain || left >= Tile::kChunk ? 16 : left > 0 ? left * kSize : 0;
-      const int existing = left > 0 ? rows - own_row() - first : 0;
+    for (int row = 0; row < Tile::kTileRows; row += kRowsAtOnce) {
+      const char* from = address_of(start_of_tile, row, step());
 #pragma unroll
-      for (int row = 0; row < Tile::kTileRows; row += kRowsAtOnce) {
-        const char* from = own + static_cast<int64_t>(first + row) * step;
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        const int left = width - (panel * Tile::kPanelChunks + own_chunk) * Tile::kChunk;
+        if (kWhole && left <= 0) continue;
+        const bool exists = kWhole || (left > 0 && first + own_row + row < rows);
+        const int bytes = kPlain || left >= Tile::kChunk ? 16 : left * kSize;
         copy_16_bytes(to + panel * Tile::kPanelBytes + row * Tile::kRowBytes,
-                      from + 16 * panel * Tile::kPanelChunks, row < existing ? bytes : 0);
+                      from + 16 * panel * Tile::kPanelChunks, exists ? bytes : 0);
       }
+    }
+  }
+
+  // Zeros beyond the width, in all rows of the tile.
+  __device__ __forceinline__ void clear_beyond_width(uint32_t shift = 0) const {
+    if (width > Tile::kTileWidth - Tile::kChunk) return;
+    for (int i = static_cast<int>(threadIdx.x); i < Tile::kTileRows * Tile::kChunks;
+         i += kThreads) {
+      const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
+      if (column >= width) copy_16_bytes(Tile::offset(row, column) + shift, start, 0);
     }
   }
 
