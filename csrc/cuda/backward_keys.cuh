@@ -48,11 +48,12 @@ struct KeyGradientShape {
       if (!kIsHalf<Element>) rest[row / 2].items[row % 2] = values.rest;
       minus_terms[row / 2].items[row % 2] = minus_terms[row / 2].items[row % 2 + 2] = -values.term;
     }
+    // `item`: of a C fragment whose columns are these two rows.
     __device__ __forceinline__ RowValues get(int pair, int item) const {
       const Pair both_lse = lse[pair];
       const Pair both_rest = kIsHalf<Element> ? Pair{} : rest[pair];
       const Quad terms = minus_terms[pair];
-      return {both_lse.items[item], both_rest.items[item], -terms.items[item]};
+      return {both_lse.items[item % 2], both_rest.items[item % 2], -terms.items[item]};
     }
   };
   static constexpr int kSharedBytes = kTileRows + sizeof(TileRows);
@@ -154,12 +155,13 @@ __global__ void __launch_bounds__(kThreads)
     const float* lse = kept(at<const float>(to.lse, batch, head.head, thread));
     const float* terms = kept(at<const float>(to.row_term, batch, head.head, thread));
     RowValues ahead{};  // of the next tile's row of this thread
-    const auto copy_rows = [&](int row, uint32_t to_stage) {
-      queries.copy(row, to_stage);
-      if (!weights_only) douts.copy(row, to_stage);
+    const auto copy_rows = [&](int row, uint32_t to_stage, auto edge) {
+      constexpr bool kWhole = !decltype(edge)::value;
+      queries.template copy<kWhole>(row, to_stage);
+      if (!weights_only) douts.template copy<kWhole>(row, to_stage);
       commit_copies();
       ahead = {kInfinity, 0, 0};
-      if (thread >= kRows || row + thread >= query_length) return;
+      if (thread >= kRows || (!kWhole && row + thread >= query_length)) return;
       ahead = RowValues::make<Element>(
           lse[row * static_cast<int>(to.lse.stride[2])],
           weights_only ? 0.0f : terms[row * static_cast<int>(to.row_term.stride[2])]);
@@ -172,11 +174,11 @@ __global__ void __launch_bounds__(kThreads)
       const uint32_t now = stage;
       if (kStages == 2) {
         stage ^= Shape::kStageBytes;
-        if (next >= 0) copy_rows(next, stage);
+        if (next >= 0) copy_rows(next, stage, edge);
       }
       Scores s = {}, dp;
       const auto values_of = [&](int, int n, int j) {
-        return tile_rows.get(4 * n + lane_index() % 4, j % 2);
+        return tile_rows.get(4 * n + lane_index() % 4, j);
       };
       start_gradients<!kGeneral>(dp, values_of);
       multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q.moved(now), Element{});
@@ -196,9 +198,13 @@ __global__ void __launch_bounds__(kThreads)
       }
       if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row.moved(now), Element{});
       synchronize_block();  // nobody reads this tile or its row values any more
-      if (kStages == 1 && next >= 0) copy_rows(next, 0);
+      if (kStages == 1 && next >= 0) copy_rows(next, 0, edge);
     };
-    if (order.start() >= 0) copy_rows(order.start() * kRows, stage);
+    if (order.start() >= 0) copy_rows(order.start() * kRows, stage, std::true_type{});
+    if (kStages == 2) {
+      queries.clear_beyond_width(stage ^ Shape::kStageBytes);
+      douts.clear_beyond_width(stage ^ Shape::kStageBytes);
+    }
     order.for_each<kRows, kGeneral>(visit);
   }
   wait_for_copies<0>();
