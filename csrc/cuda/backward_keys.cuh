@@ -185,7 +185,8 @@ __global__ void __launch_bounds__(kThreads)
       if (!weights_only) {
         multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do.moved(now), Element{});
       }
-      const auto place = Place<true>::of_lane(row, first_key + warp_key);
+      const int here = static_cast<int>(thread_here() / 32) * 16 * kMTiles;
+      const auto place = Place<true>::of_lane(row, first_key + here);
       if constexpr (kGeneral) {
         general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, [&](int of) {
           return tile_rows.get((of - row) / 2, (of - row) % 2);
@@ -225,8 +226,10 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kWantsValues) {
     if (!weights_only) write(to.dvalue, value_dim, 1.0f, dv);
   }
-  if constexpr (kWantsKeys) redo_rows(dk, first_key + warp_key, key_length, redo);
-  if constexpr (kWantsValues) redo_rows(dv, first_key + warp_key, key_length, redo);
+  uint32_t to_redo = 0;
+  if constexpr (kWantsKeys) to_redo |= not_finite(dk);
+  if constexpr (kWantsValues) to_redo |= not_finite(dv);
+  redo_rows(to_redo, first_key + warp_key, key_length, redo);
 }
 
 }  // namespace attn_ext::cuda

@@ -49,7 +49,10 @@ struct QueryGradientShape {
   using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
   using Keys = Tile<Element, kKeys, kWidth, Gradients::kEnd>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
-  static constexpr int kSharedBytes = Values::kEnd;
+  // Two rows of values a lane are too many for its registers.
+  static constexpr bool kSharesRows = kMTiles == 2;
+  static constexpr int kSharedBytes =
+      Values::kEnd + (kSharesRows ? kRows * static_cast<int>(sizeof(RowValues)) : 0);
 };
 
 // One row of dQ by a whole warp, pair by pair: a hidden key that is not finite is never touched.
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int query_length = static_cast<int>(p.query_length);
   const int head_dim = static_cast<int>(p.head_dim);
-  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows);
+  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows, blockIdx.x);
   const Head& head = block.head;
   const int first_row = block.first;
   const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
@@ -124,26 +127,30 @@ __global__ void __launch_bounds__(kThreads)
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_b();
   const auto lane_k_by_row = Keys::Lane::of_a();
-  const View none{};
-  RowValues row_values[kMTiles][2];
+  const auto load_row = [&](int row) {
+    return RowValues::load<Element>(p, to.lse, weights_only ? View{} : to.row_term, head, row);
+  };
+  auto* const shared_rows = reinterpret_cast<RowValues*>(shared_pointer(Values::kEnd));
+  RowValues own_rows[Shape::kSharesRows ? 1 : 2 * kMTiles];
+  if constexpr (Shape::kSharesRows) {
+    static_assert(Shape::kRows == kThreads, "a row a thread");
+    shared_rows[threadIdx.x] = load_row(first_row + static_cast<int>(threadIdx.x));
+  } else {
 #pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      row_values[m][half] =
-          RowValues::load<Element>(p, to.lse, weights_only ? none : to.row_term, head,
-                                   first_row + warp_row + 16 * m + 8 * half + g);
-    }
+    for (int i = 0; i < 2 * kMTiles; ++i) own_rows[i] = load_row(first_row + warp_row + 8 * i + g);
   }
   float dq[kMTiles][kOutTiles][4] = {}, sums[kMTiles][2] = {};
 
   using Scores = float[kMTiles][kKeys / 8][4];
   const auto visit = [&](int key, int next, auto edge) {
     Scores s = {}, dp;
-    const auto values_of = [&](int m, int, int i) { return row_values[m][i / 2]; };
-    start_gradients<!kGeneral>(dp, values_of);
+    const auto values_of = [&](int m, int, int i) {
+      return Shape::kSharesRows ? shared_rows[warp_row + 16 * m + i / 2 * 8 + g]
+                                : own_rows[2 * m + i / 2];
+    };
     wait_for_copies<0>();
     synchronize_block();  // the keys are here, and nobody reads the values before any more
+    start_gradients<!kGeneral>(dp, values_of);
     if (!weights_only) values.template copy<!decltype(edge)::value>(key);
     commit_copies();
     multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
@@ -154,10 +161,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {
-      const auto of_row = [&](int row) {
-        return RowValues::load<Element>(p, to.lse, weights_only ? none : to.row_term, head, row);
-      };
-      general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, of_row,
+      general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, load_row,
                                           weights_only ? sums : nullptr);
     } else {
       plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  redo_rows(dq, first_row + warp_row, query_length,
+  redo_rows(not_finite(dq), first_row + warp_row, query_length,
             [&](int row) { careful_query<Element, kWidth>(p, to, head, row); });
 }
 

@@ -95,9 +95,10 @@ struct BlockOfRows {
   Head head;
   int first, last;
 
-  __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size) {
+  __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size,
+                                                         uint32_t number) {
     const int length = static_cast<int>(p.query_length), heads = static_cast<int>(p.query_heads);
-    const int blocks = (length + size - 1) / size, index = static_cast<int>(opaque(blockIdx.x));
+    const int blocks = (length + size - 1) / size, index = static_cast<int>(number);
     const int pair = index / blocks, first = (blocks - 1 - index % blocks) * size;
     return {Head::make(p, pair / heads, pair % heads), first, min(first + size, length) - 1};
   }
@@ -283,22 +284,27 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
   return sum == sum;
 }
 
-// Calls redo(row) by the whole warp for every row that is not finite; `base` is the warp's first.
-template <int kMTiles, int kNTiles, typename Redo>
-__device__ __forceinline__ void redo_rows(const float (&x)[kMTiles][kNTiles][4], int base, int rows,
-                                          Redo redo) {
-  synchronize_warp();  // after what was written of these rows
-  // The four lanes of a row agree: of each nibble, bit i stands for the row 8 i below.
-  uint32_t wanted = 0;
+// The rows of a warp that are not finite. Of each nibble, bit i stands for the row 8 i below.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ uint32_t not_finite(const float (&x)[kMTiles][kNTiles][4]) {
+  static_assert(kMTiles <= 2, "a nibble has four bits");
+  uint32_t rows = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kMTiles; ++i) {
-    wanted |= (ballot(!row_is_finite(x[i / 2], i % 2)) & 0x11111111) << i;
+    rows |= (ballot(!row_is_finite(x[i / 2], i % 2)) & 0x11111111) << i;
   }
-  static_assert(kMTiles <= 2, "a nibble has four bits");
-  for (; wanted != 0; wanted &= wanted - 1) {
-    const int bit = 31 - count_leading_zeros(wanted & -wanted);
-    const int row = base + bit % 4 * 8 + bit / 4;
-    if (row < rows) redo(row);
+  return rows;
+}
+
+// Calls redo(row) by the whole warp for those; `first` is the warp's first row, `end` that after
+// the last that exists.
+template <typename Redo>
+__device__ __forceinline__ void redo_rows(uint32_t rows, int first, int end, Redo redo) {
+  synchronize_warp();  // after what was written of these rows
+  for (; rows != 0; rows &= rows - 1) {
+    const int bit = 31 - count_leading_zeros(rows & -rows);
+    const int row = first + bit % 4 * 8 + bit / 4;
+    if (row < end) redo(row);
   }
 }
 
@@ -308,9 +314,9 @@ template <typename Element, int kWidth, bool kGeneral, int kMTiles, int kOutTile
 __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArguments& to,
                                             const Softmax<kMTiles>& softmax,
                                             const float (&out)[kMTiles][kOutTiles][4]) {
-  const BlockOfRows block = BlockOfRows::make(p, 16 * kMTiles * kWarps);
+  const BlockOfRows block = BlockOfRows::make(p, 16 * kMTiles * kWarps, opaque(blockIdx.x));
   const Head& head = block.head;
-  const int thread = static_cast<int>(opaque(threadIdx.x)), g = thread % 32 / 4, t = thread % 4;
+  const int thread = static_cast<int>(thread_here()), g = thread % 32 / 4, t = thread % 4;
   const int first_row = block.first + thread / 32 * 16 * kMTiles;
   const int length = static_cast<int>(p.query_length);
 #pragma unroll
@@ -329,7 +335,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
       }
     }
   }
-  redo_rows(out, first_row, length,
+  redo_rows(not_finite(out), first_row, length,
             [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
 }
 
@@ -345,7 +351,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSteps = kWidth / kDepth<Element>;
 
   const int query_length = static_cast<int>(p.query_length);
-  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows);
+  const BlockOfRows block = BlockOfRows::make(p, Shape::kRows, blockIdx.x);
   const Head& head = block.head;
   const int first_row = block.first;
   const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);

@@ -187,6 +187,8 @@ __device__ __forceinline__ float exp2(float x) {
 
 // --- Threads of a warp and of a block
 
+// threadIdx.x once more, for what is not worth a register until it is used.
+__device__ __forceinline__ uint32_t thread_here() { return opaque(threadIdx.x); }
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 

@@ -100,7 +100,7 @@ struct Source {
   // The same, whose part of this thread is computed where it is used: no registers in between.
   __device__ __forceinline__ Source here() const {
     Source source = *this;
-    source.become_of(opaque(threadIdx.x));
+    source.become_of(thread_here());
     return source;
   }
   __device__ __forceinline__ void become_of(uint32_t thread) {
