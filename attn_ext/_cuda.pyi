@@ -85,9 +85,10 @@ def shared_bytes(
     head_dim: typing.SupportsInt | typing.SupportsIndex,
     value_dim: typing.SupportsInt | typing.SupportsIndex,
     allow_tf32: bool,
+    limit: typing.SupportsInt | typing.SupportsIndex,
 ) -> int:
     """
-    Shared memory that the kernels need of it.
+    Shared memory that the kernels need where a block may have `limit` bytes.
     """
 
 def shared_bytes_limit(device: typing.SupportsInt | typing.SupportsIndex) -> int:

@@ -56,11 +56,12 @@ void weights(int device, uintptr_t stream, bool allow_tf32, py::handle problem, 
   cuda::weights(p.native, to, as_settings(device, stream, allow_tf32));
 }
 
-int shared_bytes(py::handle dtype, int64_t head_dim, int64_t value_dim, bool allow_tf32) {
+int shared_bytes(py::handle dtype, int64_t head_dim, int64_t value_dim, bool allow_tf32,
+                 int limit) {
   attn_ext::Problem problem{};
   problem.dtype = as_dtype(dtype);
   problem.head_dim = head_dim, problem.value_dim = value_dim;
-  return cuda::shared_bytes(problem, {nullptr, allow_tf32, 0});
+  return cuda::shared_bytes(problem, {nullptr, allow_tf32, limit});
 }
 
 }  // namespace
@@ -86,7 +87,8 @@ PYBIND11_MODULE(ATTN_EXT_CUDA_MODULE, m) {
   m.def("shared_bytes_limit", &cuda::shared_bytes_limit, py::arg("device"),
         "Shared memory that a block may have on a device, in bytes.");
   m.def("shared_bytes", &shared_bytes, py::arg("dtype"), py::arg("head_dim"), py::arg("value_dim"),
-        py::arg("allow_tf32"), "Shared memory that the kernels need of it.");
+        py::arg("allow_tf32"), py::arg("limit"),
+        "Shared memory that the kernels need where a block may have `limit` bytes.");
   m.def("architectures", &cuda::architectures,
         "What the kernels were compiled for, in the terms of torch.cuda.get_arch_list.");
   m.def("set_dtypes", &set_dtypes, py::arg("dtypes"),

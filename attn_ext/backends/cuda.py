@@ -156,8 +156,8 @@ def _reasons(
         if size > MAX_HEAD_DIM:
             reasons.append(f"{name} of {size}; at most {MAX_HEAD_DIM} would do")
     if not reasons:
-        needed = _cuda.shared_bytes(dtype, head_dim, value_dim, allow_tf32)
         limit = _cuda.shared_bytes_limit(index)
+        needed = _cuda.shared_bytes(dtype, head_dim, value_dim, allow_tf32, limit)
         if needed > limit:
             reasons.append(
                 f"query and value have a head_dim of {head_dim} and {value_dim} in "

@@ -7,24 +7,17 @@ namespace {
 
 template <typename Element, int kWidth, bool kGeneral>
 void run_key_gradients(const Problem& p, const BackwardArguments& to, const Settings& settings) {
-  const auto run = [&](auto shape, auto kernel) {
-    using Shape = decltype(shape);
+  using Shape = KeyGradientShape<Element, kWidth>;
+  const auto run = [&](auto kernel) {
     launch(settings, p.batch * p.key_heads * blocks_of(p.key_length, Shape::kKeys),
            Shape::kSharedBytes, kernel, p, to);
   };
-  using Shape = KeyGradientShape<Element, kWidth>;
   if constexpr (kWidth > 192) {
-    run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kKeys>);
-    if (!to.dweights) run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kValues>);
-    return;
+    run(key_gradients<Element, kWidth, kGeneral, Pass::kKeys>);
+    if (!to.dweights) run(key_gradients<Element, kWidth, kGeneral, Pass::kValues>);
+  } else {
+    run(key_gradients<Element, kWidth, kGeneral, Pass::kBoth>);
   }
-  if constexpr (std::is_same_v<Element, Float16> && kWidth == 128) {
-    if (Shape::kSharedBytes > settings.shared_limit) {  // 7.5 has 64 KiB
-      return run(KeyGradientShape<Element, kWidth, 1>{},
-                 key_gradients<Element, kWidth, kGeneral, Pass::kBoth, 1>);
-    }
-  }
-  run(Shape{}, key_gradients<Element, kWidth, kGeneral, Pass::kBoth>);
 }
 
 }  // namespace
@@ -46,9 +39,7 @@ int backward_keys_shared_bytes(const Problem& p, const Settings& settings) {
   int bytes = 0;
   with_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
-      using Element = decltype(element);
-      constexpr int kStages = std::is_same_v<Element, Float16> && width == 128 ? 1 : 2;
-      bytes = KeyGradientShape<Element, width, kStages>::kSharedBytes;
+      bytes = KeyGradientShape<decltype(element), width>::kSharedBytes;
     });
   });
   return bytes;

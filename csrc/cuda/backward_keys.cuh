@@ -17,13 +17,15 @@ namespace attn_ext::cuda {
 
 enum class Pass { kBoth, kValues, kKeys };
 
-template <typename Element, int kWidth, int kGivenStages = 2>
+template <typename Element, int kWidth>
 struct KeyGradientShape {
-  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 64 ? 2 : 1;
+  static constexpr int kMTiles = kIsHalf<Element> && !kIsTuring<Element> && kWidth <= 64 ? 2 : 1;
   static constexpr int kKeys = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
-  static constexpr int kRows = kRowBytes <= 256 ? 32 : 16;
-  static constexpr int kStages = kRowBytes <= 768 ? kGivenStages : 1;
+  // What fits the registers, and shared memory twice or, where it is short, once.
+  static constexpr bool kFew = kIsTuring<Element> ? kRowBytes > 128 : kRowBytes == 128;
+  static constexpr int kRows = kRowBytes <= 256 && !kFew ? 32 : 16;
+  static constexpr int kStages = kRowBytes <= (kIsTuring<Element> ? 192 : 768) ? 2 : 1;
   using Keys = Tile<Element, kKeys, kWidth, 0>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
   // Of each stage; the second one's are the first's, kStageBytes further.
@@ -42,6 +44,7 @@ struct KeyGradientShape {
     };
     Quad minus_terms[kRows / 2];
     Pair lse[kRows / 2], rest[kRows / 2];
+    TileOrder order;
 
     __device__ __forceinline__ void set(int row, const RowValues& values) {
       lse[row / 2].items[row % 2] = values.lse;
@@ -99,11 +102,11 @@ __device__ __attribute__((noinline)) void careful_key(const Problem& p, const Ba
   }
 }
 
-template <typename Element, int kWidth, bool kGeneral, Pass kPass, int kGivenStages = 2>
-__global__ void __launch_bounds__(kThreads)
+template <typename Element, int kWidth, bool kGeneral, Pass kPass>
+__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
     key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;
-  using Shape = KeyGradientShape<Element, kWidth, kGivenStages>;
+  using Shape = KeyGradientShape<Element, kWidth>;
   using Keys = typename Shape::Keys;
   using Values = typename Shape::Values;
   using Queries = typename Shape::Queries;
@@ -122,8 +125,14 @@ __global__ void __launch_bounds__(kThreads)
   const int batch = pair / key_heads, key_head = pair % key_heads;
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
-  const TileOrder order =
-      TileOrder::of_rows(p, first_key, first_key + Shape::kKeys - 1, kRows, kGeneral);
+  auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
+  // In shared memory, since registers are short.
+  const TileOrder& order = tile_rows.order;
+  if (threadIdx.x == 0) {
+    tile_rows.order =
+        TileOrder::of_rows(p, first_key, first_key + Shape::kKeys - 1, kRows, kGeneral);
+  }
+  synchronize_block();
   const bool weights_only = kGeneral && to.dweights;
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
@@ -141,7 +150,6 @@ __global__ void __launch_bounds__(kThreads)
   float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
   float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
   uint32_t stage = 0;
-  auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
   const int thread = static_cast<int>(threadIdx.x);
 
   using Scores = float[kMTiles][kRows / 8][4];

@@ -19,14 +19,15 @@ namespace attn_ext::cuda {
 
 template <typename Element, int kWidth>
 struct ForwardShape {
-  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 128 ? 2 : 1;
+  static constexpr int kWidest = kIsTuring<Element> ? 64 : 128;  // of two tiles of rows a warp
+  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= kWidest ? 2 : 1;
   static constexpr int kRows = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   // Within 64 KiB together with the queries, except for float32 wider than 128.
-  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> ? 128
-                               : kRowBytes <= 256                   ? 64
-                               : kRowBytes <= 512                   ? 32
-                                                                    : 16;
+  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> && !kIsTuring<Element> ? 128
+                               : kRowBytes <= 256                                          ? 64
+                               : kRowBytes <= 512                                          ? 32
+                                                                                           : 16;
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
@@ -340,7 +341,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   if (!kAvailable<Element>) return;
   using Shape = ForwardShape<Element, kWidth>;

@@ -51,7 +51,7 @@ template <typename Call>
 void with_element(const Problem& p, const Settings& settings, Call call) {
   switch (p.dtype) {
     case DType::kFloat16:
-      return call(Float16{});
+      return settings.shared_limit <= 64 << 10 ? call(TuringFloat16{}) : call(Float16{});
     case DType::kBFloat16:
       return call(BFloat16{});
     case DType::kFloat32:

@@ -39,6 +39,8 @@ using std::min;
 struct Float16 {
   uint16_t bits;
 };
+// On 7.5, where a block has 64 KiB and nothing copies in the background: smaller tiles.
+struct TuringFloat16 : Float16 {};
 struct BFloat16 {
   uint16_t bits;
 };
@@ -49,10 +51,12 @@ struct TF32 {
 
 template <typename Element>
 constexpr bool kIsHalf = sizeof(Element) == 2;
+template <typename Element>
+constexpr bool kIsTuring = std::is_same_v<Element, TuringFloat16>;
 // Before sm_80 tensor cores take halves alone; float32 is multiplied elsewhere there.
 template <typename Element>
-constexpr bool kAvailable = ATTN_EXT_ARCHITECTURE >= 800 || std::is_same_v<Element, Float16> ||
-                            std::is_same_v<Element, float>;
+constexpr bool kAvailable =
+    std::is_same_v<Element, float> || kIsTuring<Element> == ATTN_EXT_ARCHITECTURE < 800;
 
 __device__ __forceinline__ uint32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
@@ -147,7 +151,7 @@ template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t result;
-  if constexpr (std::is_same_v<Element, Float16>) {
+  if constexpr (std::is_base_of_v<Float16, Element>) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
