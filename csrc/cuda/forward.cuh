@@ -17,23 +17,6 @@
 
 namespace attn_ext::cuda {
 
-template <typename Element, int kWidth>
-struct ForwardShape {
-  static constexpr int kWidest = kIsTuring<Element> ? 64 : 128;  // of two tiles of rows a warp
-  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= kWidest ? 2 : 1;
-  static constexpr int kRows = 16 * kMTiles * kWarps;
-  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
-  // Within 64 KiB together with the queries, except for float32 wider than 128.
-  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> && !kIsTuring<Element> ? 128
-                               : kRowBytes <= 256                                          ? 64
-                               : kRowBytes <= 512                                          ? 32
-                                                                                           : 16;
-  using Queries = Tile<Element, kRows, kWidth, 0>;
-  using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
-  using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
-  static constexpr int kSharedBytes = Values::kEnd;
-};
-
 // The tiles that a block goes through, of keys or of rows, in the order of work: those at an edge
 // first, where some pair may be hidden by position; then [full_first, full_end), where none is.
 struct TileOrder {
@@ -89,6 +72,26 @@ struct TileOrder {
       }
     }
   }
+};
+
+template <typename Element, int kWidth>
+struct ForwardShape {
+  static constexpr int kWidest = kIsTuring<Element> ? 64 : 128;  // of two tiles of rows a warp
+  static constexpr int kMTiles = kIsHalf<Element> && kWidth <= kWidest ? 2 : 1;
+  static constexpr int kRows = 16 * kMTiles * kWarps;
+  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
+  // Within 64 KiB together with the queries, except for float32 wider than 128.
+  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> && !kIsTuring<Element> ? 128
+                               : kRowBytes <= 256                                          ? 64
+                               : kRowBytes <= 512                                          ? 32
+                                                                                           : 16;
+  using Queries = Tile<Element, kRows, kWidth, 0>;
+  using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
+  using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
+  // Beside so many scores, registers are too short for the tiles' order.
+  static constexpr bool kSharesOrder = kKeys == 128;
+  static constexpr int kSharedBytes =
+      Values::kEnd + (kSharesOrder ? static_cast<int>(sizeof(TileOrder)) : 0);
 };
 
 // The query rows of a thread block, the last ones first: causality makes them long.
@@ -355,7 +358,14 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
   const BlockOfRows block = BlockOfRows::make(p, Shape::kRows, blockIdx.x);
   const Head& head = block.head;
   const int first_row = block.first;
-  const TileOrder order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
+  TileOrder own_order;
+  TileOrder& order = Shape::kSharesOrder
+                         ? *reinterpret_cast<TileOrder*>(shared_pointer(Values::kEnd))
+                         : own_order;
+  if (!Shape::kSharesOrder || threadIdx.x == 0) {
+    order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
+  }
+  if (Shape::kSharesOrder) synchronize_block();
 
   const auto queries =
       source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
