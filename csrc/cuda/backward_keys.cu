@@ -38,9 +38,8 @@ void backward_keys(const Problem& p, const BackwardArguments& to, const Settings
 int backward_keys_shared_bytes(const Problem& p, const Settings& settings) {
   int bytes = 0;
   with_element(p, settings, [&](auto element) {
-    with_width(p, [&](auto width) {
-      bytes = KeyGradientShape<decltype(element), width>::kSharedBytes;
-    });
+    with_width(
+        p, [&](auto width) { bytes = KeyGradientShape<decltype(element), width>::kSharedBytes; });
   });
   return bytes;
 }

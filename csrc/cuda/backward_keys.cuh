@@ -23,7 +23,7 @@ struct KeyGradientShape {
   static constexpr int kKeys = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   // What fits the registers, and shared memory twice or, where it is short, once.
-  static constexpr bool kFew = kIsTuring<Element> ? kRowBytes > 128 : kRowBytes == 128;
+  static constexpr bool kFew = kRowBytes == (kIsTuring<Element> ? 256 : 128);
   static constexpr int kRows = kRowBytes <= 256 && !kFew ? 32 : 16;
   static constexpr int kStages = kRowBytes <= (kIsTuring<Element> ? 192 : 768) ? 2 : 1;
   using Keys = Tile<Element, kKeys, kWidth, 0>;
@@ -203,9 +203,11 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
         plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
       }
       if constexpr (kWantsValues) {
-        if (!weights_only) multiply_accumulators<Gradients>(dv, s, lane_do_by_row.moved(now), Element{});
+        if (!weights_only)
+          multiply_accumulators<Gradients>(dv, s, lane_do_by_row.moved(now), Element{});
       }
-      if constexpr (kWantsKeys) multiply_accumulators<Queries>(dk, dp, lane_q_by_row.moved(now), Element{});
+      if constexpr (kWantsKeys)
+        multiply_accumulators<Queries>(dk, dp, lane_q_by_row.moved(now), Element{});
       synchronize_block();  // nobody reads this tile or its row values any more
       if (kStages == 1 && next >= 0) copy_rows(next, 0, edge);
     };

@@ -99,8 +99,7 @@ struct BlockOfRows {
   Head head;
   int first, last;
 
-  __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size,
-                                                         uint32_t number) {
+  __device__ __forceinline__ static BlockOfRows make(const Problem& p, int size, uint32_t number) {
     const int length = static_cast<int>(p.query_length), heads = static_cast<int>(p.query_heads);
     const int blocks = (length + size - 1) / size, index = static_cast<int>(number);
     const int pair = index / blocks, first = (blocks - 1 - index % blocks) * size;
@@ -359,9 +358,8 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
   const Head& head = block.head;
   const int first_row = block.first;
   TileOrder own_order;
-  TileOrder& order = Shape::kSharesOrder
-                         ? *reinterpret_cast<TileOrder*>(shared_pointer(Values::kEnd))
-                         : own_order;
+  TileOrder& order =
+      Shape::kSharesOrder ? *reinterpret_cast<TileOrder*>(shared_pointer(Values::kEnd)) : own_order;
   if (!Shape::kSharesOrder || threadIdx.x == 0) {
     order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
   }

@@ -137,9 +137,9 @@ struct Source {
     }
   }
 
-  // Zeros beyond the width, in all rows of the tile.
+  // Zeros beyond the width, in all rows of the tile, before whole tiles are copied there.
   __device__ __forceinline__ void clear_beyond_width(uint32_t shift = 0) const {
-    if (width > Tile::kTileWidth - Tile::kChunk) return;
+    if (!kPlain || width > Tile::kTileWidth - Tile::kChunk) return;
     for (int i = static_cast<int>(threadIdx.x); i < Tile::kTileRows * Tile::kChunks;
          i += kThreads) {
       const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;

@@ -28,6 +28,7 @@ LOAD = "ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{d0, d1, d2, d3}}, [p1 in sh
 SINCE_75 = {
     "load_plain": [LOAD.format("")],
     "load_transposed": [LOAD.format(".trans")],
+    "address": ["mad.wide.s32 d0, p2, p3, p1;"],
     "power": ["ex2.approx.ftz.f32 d0, p1;"],
     "shuffle_by_xor": ["shfl.sync.bfly.b32 d0, p1, p2, 0x1f, 0xffffffff;"],
     "shuffle_by_lane": ["shfl.sync.idx.b32 d0, p1, p2, 0x1f, 0xffffffff;"],
