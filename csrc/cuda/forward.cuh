@@ -74,17 +74,18 @@ struct TileOrder {
   }
 };
 
-template <typename Element, int kWidth>
+template <typename Element, int kWidth, bool kGeneral>
 struct ForwardShape {
   static constexpr int kWidest = kIsTuring<Element> ? 64 : 128;  // of two tiles of rows a warp
   static constexpr int kMTiles = kIsHalf<Element> && kWidth <= kWidest ? 2 : 1;
   static constexpr int kRows = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   // Within 64 KiB together with the queries, except for float32 wider than 128.
-  static constexpr int kKeys = kRowBytes <= 128 && kIsHalf<Element> && !kIsTuring<Element> ? 128
-                               : kRowBytes <= 256                                          ? 64
-                               : kRowBytes <= 512                                          ? 32
-                                                                                           : 16;
+  static constexpr bool kMany = kIsHalf<Element> && !kIsTuring<Element> && !kGeneral;
+  static constexpr int kKeys = kRowBytes <= 128 && kMany             ? 128
+                               : kRowBytes <= (kGeneral ? 128 : 256) ? 64
+                               : kRowBytes <= 512                    ? 32
+                                                                     : 16;
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
@@ -185,6 +186,18 @@ __device__ __forceinline__ void hide_by_position(const Problem& p, Place<false> 
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void finish_scores(const Problem& p, const Head& head,
                                               Place<false> place, float (&s)[kMTiles][kNTiles][4]) {
+  if (is_simple(p)) {
+    float entries[2 * kNTiles];
+    key_entries<false, kNTiles>(p, head, place, entries);
+#pragma unroll
+    for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+      const int n = i / 4 % kNTiles;
+      float& score = s[i / (4 * kNTiles)][n][i % 4];
+      const float entry = entries[2 * n + i % 2];
+      score = entry == -kInfinity ? entry : score * head.scale + entry;
+    }
+    return hide_by_position(p, place, s);
+  }
   const int last = static_cast<int>(p.query_length) - 1;
   Unrolled<kMTiles, kNTiles> scores(s);
   for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
@@ -199,11 +212,12 @@ __device__ __forceinline__ void finish_scores(const Problem& p, const Head& head
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void drop(const Problem& p, const Head& head, Place<false> place,
                                      float (&s)[kMTiles][kNTiles][4]) {
-  Unrolled<kMTiles, kNTiles> weights(s);
-  for_each_place<false, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
-    weights.items[index] *= keep_factor(p, head, row, key);
-  });
-  weights.copy_to(s);
+  float keep[4 * kMTiles * kNTiles];
+  keep_factors<false, kMTiles, kNTiles>(p, head, place, keep);
+#pragma unroll
+  for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
+    s[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4] *= keep[i];
+  }
 }
 
 __device__ __forceinline__ float lse_of(float max, float sum) {
@@ -346,7 +360,7 @@ template <typename Element, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   if (!kAvailable<Element>) return;
-  using Shape = ForwardShape<Element, kWidth>;
+  using Shape = ForwardShape<Element, kWidth, kGeneral>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;
   using Values = typename Shape::Values;

@@ -35,11 +35,12 @@ struct PairGradient {
   float weight, of_score, of_product;
 };
 
-// `dweight`: the gradient that the weight gets, dP. With every term of the contract.
+// `dweight`: the gradient that the weight gets, dP; `keep`: dropout's factor. With every term of
+// the contract.
 __device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
                                                          const BackwardArguments& to,
                                                          const Head& head, int row, int key,
-                                                         float product, float dweight,
+                                                         float product, float dweight, float keep,
                                                          const RowValues& values) {
   PairGradient result{0, 0, 0};
   if (row >= static_cast<int>(p.query_length)) return result;
@@ -51,11 +52,44 @@ __device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
     dweight = static_cast<float>(to.dweights_scale) *
               entry_of(to.dweights, p.dtype, head.batch, head.head, row, key);
   }
-  const float keep = p.dropout_p > 0 ? keep_factor(p, head, row, key) : 1.0f;
   result.weight = weight * keep;
   result.of_score = weight * (dweight * keep - values.term);
   result.of_product = result.of_score * slope;
   return result;
+}
+
+// A tile of products becomes (dropped) weights, and dP becomes dS, where scores are simple.
+template <bool kTransposed, int kMTiles, int kNTiles, typename Rows>
+__device__ __forceinline__ void simple_gradients(const Problem& p, const Head& head,
+                                                 Place<kTransposed> place,
+                                                 float (&s)[kMTiles][kNTiles][4],
+                                                 float (&dp)[kMTiles][kNTiles][4], Rows rows,
+                                                 const float* keep) {
+  float entries[2 * (kTransposed ? kMTiles : kNTiles)];
+  key_entries<kTransposed, kTransposed ? kMTiles : kNTiles>(p, head, place, entries);
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t visible = place.template visible_columns<kNTiles>(p, m, half);
+      RowValues values;
+      if (!kTransposed) values = rows(place.row(m, 0, 2 * half));
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (kTransposed) values = rows(place.row(m, n, i));
+          const float entry = entries[kTransposed ? 2 * m + half : 2 * n + i];
+          const bool hidden = (visible >> (2 * n + i) & 1) == 0 || entry == -kInfinity;
+          float &score = s[m][n][2 * half + i], &gradient = dp[m][n][2 * half + i];
+          const float weight = exp2(score * head.scale + entry - values.lse - values.rest);
+          const float factor = keep ? keep[4 * (m * kNTiles + n) + 2 * half + i] : 1.0f;
+          gradient = hidden ? 0.0f : weight * (gradient * factor - values.term);
+          score = hidden ? 0.0f : weight * factor;
+        }
+      }
+    }
+  }
 }
 
 // Which gradient of a score becomes of dP: that of the product, or that of the score itself, which
@@ -71,10 +105,17 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
                                                   float (&s)[kMTiles][kNTiles][4],
                                                   float (&dp)[kMTiles][kNTiles][4], Rows rows,
                                                   float (*row_sums)[2] = nullptr) {
+  float keep[4 * kMTiles * kNTiles];
+  const bool drops = p.dropout_p > 0;
+  if (drops) keep_factors<kTransposed, kMTiles, kNTiles>(p, head, place, keep);
+  if (kWanted == Wanted::kProduct && is_simple(p) && !to.dweights) {
+    return simple_gradients(p, head, place, s, dp, rows, drops ? keep : nullptr);
+  }
   Unrolled<kMTiles, kNTiles> weights(s), gradients(dp), of_scores(dp);
   for_each_place<kTransposed, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
-    const PairGradient pair = gradient_of_pair(p, to, head, row, key, weights.items[index],
-                                               gradients.items[index], rows(row));
+    const PairGradient pair =
+        gradient_of_pair(p, to, head, row, key, weights.items[index], gradients.items[index],
+                         drops ? keep[index] : 1.0f, rows(row));
     weights.items[index] = pair.weight;
     of_scores.items[index] = pair.of_score;
     gradients.items[index] = kWanted == Wanted::kScore ? pair.of_score : pair.of_product;
@@ -151,7 +192,8 @@ __device__ inline PairGradient careful_pair(const Problem& p, const BackwardArgu
     dweight = dot_by_warp(at<const Element>(p.value, head.batch, head.key_head, key),
                           at<const Element>(to.dout, head.batch, head.head, row), p.value_dim);
   }
-  return gradient_of_pair(p, to, head, row, key, product, dweight, values);
+  const float keep = p.dropout_p > 0 ? keep_factor(p, head, row, key) : 1.0f;
+  return gradient_of_pair(p, to, head, row, key, product, dweight, keep, values);
 }
 
 }  // namespace attn_ext::cuda

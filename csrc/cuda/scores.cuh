@@ -171,6 +171,72 @@ __device__ __forceinline__ void for_each_place(Place<kTransposed> place, Visit v
   }
 }
 
+// Dropout's factors of a lane's places, in the order of for_each_place. A call of the generator
+// makes the words of four neighbouring keys, which two lanes hold (transposed: four lanes). So each
+// makes those of another tile (another row) for all of them, and they exchange.
+template <bool kTransposed, int kMTiles, int kNTiles>
+__device__ __forceinline__ void keep_factors(const Problem& p, const Head& head,
+                                             Place<kTransposed> place,
+                                             float (&keep)[4 * kMTiles * kNTiles]) {
+  static_assert(kNTiles % 2 == 0, "two tiles make four places of a row, or four rows");
+  if ((p.key_start & 3) != 0) {  // four keys of a call are not four of a fragment
+    for_each_place<kTransposed, kMTiles, kNTiles>(
+        place, [&](int row, int key, int index) { keep[index] = keep_factor(p, head, row, key); });
+    return;
+  }
+  constexpr int kLanes = kTransposed ? 4 : 2;
+  const int number = kTransposed ? lane_index() / 4 % 4 : lane_index() % 2;
+#pragma unroll 1
+  for (int index = 0; index < kMTiles * kNTiles; ++index) {
+    const int m = index / kNTiles, n = index % kNTiles / 2 * 2, half = index % 2;
+    // Of the two tiles: the one, or the row, that is this lane's to make.
+    const int own_n = kTransposed ? n + number / 2 : n + number,
+              own_i = kTransposed ? number % 2 : 0;
+    uint32_t words[4];
+    random_words(p, head, place.row(m, own_n, 2 * half + own_i), place.key(m, own_n, 2 * half),
+                 words);
+    const auto word = [&](int i) {
+      return i < 2 ? (i == 0 ? words[0] : words[1]) : (i == 2 ? words[2] : words[3]);
+    };
+    float* const to = keep + 4 * (m * kNTiles + n) + 2 * half;
+#pragma unroll
+    for (int other = 0; other < kLanes; ++other) {
+      const int whose = number ^ other;
+      if constexpr (kTransposed) {  // the word of this lane's key, of row `whose`
+        const uint32_t given = word(whose);
+        const uint32_t mine = other == 0 ? given : shuffle_xor(given, 4 * other);
+        to[whose / 2 * 4 + whose % 2] = factor_of(p, mine);
+      } else {  // the two words of this lane's keys, of tile `whose`
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t given = word(2 * whose + i);
+          to[4 * whose + i] = factor_of(p, other == 0 ? given : shuffle_xor(given, other));
+        }
+      }
+    }
+  }
+}
+
+// What a mask of keys adds to a lane's places: entry 2n + i for column i of tile n, or, transposed,
+// 2m + half for a row; -inf also beyond the last key.
+template <bool kTransposed, int kTiles>
+__device__ __forceinline__ void key_entries(const Problem& p, const Head& head,
+                                            Place<kTransposed> place,
+                                            float (&entries)[2 * kTiles]) {
+#pragma unroll 1
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const int key = kTransposed ? place.key(i / 2, 0, i % 2 * 2) : place.key(0, i / 2, i % 2);
+    entries[i] = key >= p.key_length ? -kInfinity
+                 : p.key_mask        ? mask_entry(p.key_mask, head.batch, head.head, 0, key)
+                                     : 0.0f;
+  }
+}
+
+// Whether scores are products times a factor, and whatever hides pairs goes by position or key.
+__device__ __forceinline__ bool is_simple(const Problem& p) {
+  return p.softcap == 0 && !p.alibi_slopes && !p.mask && p.key_mask.stride[2] == 0;
+}
+
 // Accumulators in memory of the lane's own, where a loop can count through them.
 template <int kMTiles, int kNTiles>
 struct Unrolled {

@@ -24,7 +24,8 @@ int shared_bytes(const Problem& p, const Settings& settings) {
   with_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Element = decltype(element);
-      bytes = std::max({bytes, ForwardShape<Element, width>::kSharedBytes,
+      bytes = std::max({bytes, ForwardShape<Element, width, true>::kSharedBytes,
+                        ForwardShape<Element, width, false>::kSharedBytes,
                         QueryGradientShape<Element, width>::kSharedBytes,
                         WeightsShape<Element, width>::kSharedBytes});
     });

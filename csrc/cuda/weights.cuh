@@ -55,6 +55,8 @@ __global__ void __launch_bounds__(kThreads)
     float s[1][kNTiles][4] = {};
     multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
                                          Element{});
+    float keep[4 * kNTiles];
+    if (p.dropout_p > 0) keep_factors<false, 1, kNTiles>(p, head, place, keep);
     Unrolled<1, kNTiles> scores(s);
     for_each_place<false, 1, kNTiles>(place, [&](int row, int column, int number) {
       float slope, weight = 0;
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
         const float score =
             score_of(p, head, Visible::of_row(p, row), row, column, scores.items[number], &slope);
         if (score != -kInfinity) weight = exp2(score - values.lse - values.rest);
-        if (p.dropout_p > 0) weight *= keep_factor(p, head, row, column);
+        if (p.dropout_p > 0) weight *= keep[number];
       }
       scores.items[number] = weight;
     });
