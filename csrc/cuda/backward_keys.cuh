@@ -24,7 +24,7 @@ struct KeyGradientShape {
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   // What fits the registers, and shared memory twice or, where it is short, once.
   static constexpr bool kFew = kRowBytes == (kIsTuring<Element> ? 256 : 128);
-  static constexpr int kRows = kRowBytes <= 256 && !kFew ? 32 : 16;
+  static constexpr int kRows = kRowBytes <= 256 && kIsHalf<Element> && !kFew ? 32 : 16;
   static constexpr int kStages = kRowBytes <= (kIsTuring<Element> ? 192 : 768) ? 2 : 1;
   using Keys = Tile<Element, kKeys, kWidth, 0>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
@@ -103,7 +103,7 @@ __device__ __attribute__((noinline)) void careful_key(const Problem& p, const Ba
 }
 
 template <typename Element, int kWidth, bool kGeneral, Pass kPass>
-__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
+__global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Element> ? 0 : 2)
     key_gradients(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;
   using Shape = KeyGradientShape<Element, kWidth>;

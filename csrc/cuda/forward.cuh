@@ -84,7 +84,7 @@ struct ForwardShape {
   static constexpr bool kMany = kIsHalf<Element> && !kIsTuring<Element> && !kGeneral;
   static constexpr int kKeys = kRowBytes <= 128 && kMany             ? 128
                                : kRowBytes <= (kGeneral ? 128 : 256) ? 64
-                               : kRowBytes <= 512                    ? 32
+                               : kRowBytes <= 256                    ? 32
                                                                      : 16;
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
@@ -357,7 +357,8 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
+__global__ void __launch_bounds__(
+    kThreads, kIsTuring<Element> || (kGeneral && !std::is_same_v<Element, float>) ? 2 : 0)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   if (!kAvailable<Element>) return;
   using Shape = ForwardShape<Element, kWidth, kGeneral>;

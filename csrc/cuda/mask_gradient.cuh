@@ -35,7 +35,7 @@ struct Span {
 };
 
 template <typename Element, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     mask_gradient(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;
   using Shape = MaskGradientShape<Element, kWidth>;
