@@ -44,9 +44,9 @@ struct QueryGradientShape {
   static constexpr int kMTiles = kIsHalf<Element> && kWidth <= 64 ? 2 : 1;
   static constexpr int kRows = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
-  static constexpr int kKeys = kRowBytes <= 256 && !(kIsTuring<Element> && kMTiles == 2) ? 64
-                               : kRowBytes <= 512                                        ? 32
-                                                                                         : 16;
+  static constexpr int kKeys = kRowBytes <= 256 && !kIsTuring<Element> ? 64
+                               : kRowBytes <= 512                      ? 32
+                                                                       : 16;
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
   using Keys = Tile<Element, kKeys, kWidth, Gradients::kEnd>;
@@ -89,7 +89,7 @@ __device__ __attribute__((noinline)) void careful_query(const Problem& p,
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
     query_gradients(const __grid_constant__ Problem p,
                     const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;

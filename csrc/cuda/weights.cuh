@@ -21,7 +21,7 @@ struct WeightsShape {
 };
 
 template <typename Element, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     run_weights(const __grid_constant__ Problem p, const __grid_constant__ WeightsArguments to) {
   if (!kAvailable<Element>) return;
   using Shape = WeightsShape<Element, kWidth>;
