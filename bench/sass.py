@@ -152,10 +152,10 @@ class Count:
 
     @property
     def per_matrix_unit(self) -> float | None:
-        """Instructions for each HMMA.16816; None where nothing is multiplied, or unknown how much."""
-        return (
-            None if self.unsized or not self.matrix_work else self.instructions / self.matrix_work
-        )
+        """Instructions for each HMMA.16816; None without any, or where its work is unknown."""
+        if self.unsized or not self.matrix_work:
+            return None
+        return self.instructions / self.matrix_work
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,8 @@ class Function:
             order = list(networkx.topological_sort(body))
         except networkx.NetworkXUnfeasible:
             raise ValueError(
-                f"{self.name} has a loop at {self.blocks[header][0].address:#x} that can be entered "
-                "at more than one place, which has no natural loops inside"
+                f"{self.name} has a loop inside that at {self.blocks[header][0].address:#x} which "
+                "can be entered at more than one place: no natural loop"
             ) from None
         for block in order:
             ways = [best[before] for before in body.predecessors(block) if before in best]
@@ -295,9 +295,9 @@ def disassemble(path: str | os.PathLike[str]) -> list[Function]:
 class Resources:
     """What a thread or block of a kernel takes; bytes, except for registers.
 
-    `shared` is what is known when compiling: dynamic shared memory comes with the launch. From sm_90
-    on a cubin adds the 1024 bytes that the system takes of each block; the compiler's log does not.
-    Spills are None where only the cubin was looked at.
+    `shared` is what is known when compiling: dynamic shared memory comes with the launch. From
+    sm_90 on a cubin adds the 1024 bytes that the system takes of each block; the compiler's log
+    does not. Spills are None where only the cubin was looked at.
     """
 
     registers: int
