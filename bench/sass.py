@@ -48,7 +48,7 @@ _CLASSES = {
     "FMA pipe": "FFMA FADD FMUL FFMA2 FADD2 FMUL2 IMAD HFMA2 HADD2 HMUL2",
     "ALU pipe": "FMNMX FMNMX3 FSEL FSET FSETP FSWZADD F2FP I2FP I2IP IABS IADD IADD3 IMNMX ISETP "
     "LEA LOP3 MOV PLOP3 PRMT SEL SHF SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3",
-    "spills": "LDL STL",
+    "local memory": "LDL STL",
 }
 _CLASS_OF = {opcode: name for name, opcodes in _CLASSES.items() for opcode in opcodes.split()}
 CLASSES = (*_CLASSES, "other")
@@ -98,7 +98,7 @@ class Instruction:
 
     @property
     def ends_block(self) -> bool:
-        return self.name in ("BRA", "JMP", "EXIT", "RET", "BRX", "JMX", "CALL")
+        return self.name in ("BRA", "JMP", "EXIT", "RET", "BRX", "BRXU", "JMX", "CALL")
 
     @property
     def target(self) -> int | None:
@@ -125,13 +125,15 @@ class Count:
     """How many instructions there are, by unit and by opcode, and how much they multiply.
 
     Attributes:
-        instructions: all but padding.
+        code: the instructions, without padding.
+        instructions: how many.
         matrix_work: in units of an HMMA.16816.
         unsized: matrix instructions whose shape is unknown, left out of `matrix_work`.
         units: by CLASSES.
         opcodes: by name, without modifiers.
     """
 
+    code: tuple[Instruction, ...]
     instructions: int
     matrix_work: float
     unsized: int
@@ -140,9 +142,10 @@ class Count:
 
     @classmethod
     def of(cls, instructions: Iterable[Instruction]) -> Count:
-        counted = [x for x in instructions if not x.is_padding]
+        counted = tuple(x for x in instructions if not x.is_padding)
         work = [x.matrix_work for x in counted]
         return cls(
+            counted,
             len(counted),
             sum(x for x in work if x is not None),
             work.count(None),
@@ -208,6 +211,10 @@ class Function:
             self._loop(header, bodies[header], forward, {t for t, h in back_edges if h == header})
             for header in sorted(bodies)
         )
+
+    def inside(self, loop: Loop) -> tuple[Loop, ...]:
+        """The loops in a loop, each of whose instructions its figures count once."""
+        return tuple(x for x in self.loops if set(x.blocks) < set(loop.blocks))
 
     def main_loops(self) -> tuple[Loop, ...]:
         """The loops that do the matrix products, the leanest first.
@@ -397,10 +404,11 @@ def _blocks(instructions: Sequence[Instruction]) -> Iterator[tuple[Instruction, 
 
 
 def _graph(blocks: Sequence[tuple[Instruction, ...]]) -> networkx.DiGraph:
-    """Indices of blocks and _ENTRY, which leads to all that nothing else does.
+    """Indices of blocks and _ENTRY, which leads to the first and to what nothing else does.
 
-    A call leads both to its target and to what follows. Where an indirect branch leads is unknown.
-    The branch to itself that ends a function leads nowhere: it is never reached.
+    A call leads both to its target and to what follows. The branch to itself that ends a function
+    leads nowhere: it is never reached. An indirect branch, which is what becomes of a switch, does
+    not name its targets: they are what nothing else leads to, up to the next such branch.
     """
     graph = networkx.DiGraph()
     graph.add_nodes_from(range(len(blocks)))
@@ -411,8 +419,12 @@ def _graph(blocks: Sequence[tuple[Instruction, ...]]) -> networkx.DiGraph:
             graph.add_edge(number, index[last.target])
         if last.may_continue and number + 1 < len(blocks):
             graph.add_edge(number, number + 1)
-    beginnings = [x for x in graph.nodes if x == 0 or graph.in_degree(x) == 0]
-    graph.add_edges_from((_ENTRY, x) for x in beginnings)
+    source = _ENTRY
+    for number, block in enumerate(blocks):
+        if number == 0 or graph.in_degree(number) == 0:
+            graph.add_edge(source, number)
+        if block[-1].name in ("BRX", "BRXU", "JMX"):
+            source = number
     return graph
 
 

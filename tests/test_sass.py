@@ -149,9 +149,11 @@ def test_a_loop_around_one_without_products_is_innermost() -> None:
             @P0 BRA .main
             EXIT
     """
-    main, _ = (function := function_of(code)).loops
+    main, copy = (function := function_of(code)).loops
     assert function.main_loops() == (main,)
     assert main.body.instructions == main.hot_path.instructions == 4
+    assert function.inside(main) == (copy,)
+    assert not function.inside(copy)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_conditional_branches(branch: str) -> None:
     assert loop.body.instructions == 3
 
 
-@pytest.mark.parametrize("branch", ["BRA .out", "@PT BRA .out", "EXIT", "BRX R2 -0x10"])
+@pytest.mark.parametrize("branch", ["BRA .out", "@PT BRA .out", "EXIT"])
 def test_what_follows_a_branch_that_is_always_taken_is_no_part_of_it(branch: str) -> None:
     function = function_of(f"""
     loop:   HMMA.16816.F32 R8, R4, R6, R8
@@ -176,6 +178,24 @@ def test_what_follows_a_branch_that_is_always_taken_is_no_part_of_it(branch: str
     out:    EXIT
     """)
     assert not function.loops
+
+
+def test_the_cases_of_a_switch_belong_to_its_loop() -> None:
+    """What nvcc makes of a switch, which names no targets; the next one has its own."""
+    function = function_of("""
+    loop:   BRX R2 -0x10
+            MOV R1, RZ
+            BRA .join
+            FADD R1, R1, R1
+    join:   HMMA.16816.F32 R8, R4, R6, R8
+            @P0 BRA .loop
+            BRXU UR4 -0x10
+            FMUL R1, R1, R1
+            EXIT
+    """)
+    (loop,) = function.main_loops()
+    assert loop.body.opcodes == {"BRX": 1, "MOV": 1, "BRA": 2, "FADD": 1, "HMMA": 1}
+    assert loop.hot_path.instructions == 4
 
 
 def test_a_loop_with_two_entrances_is_refused() -> None:
