@@ -185,6 +185,7 @@ def loop_figures(
                 "per_matrix_unit": _rounded(loop.body.per_matrix_unit),
                 "hot_path_instructions": loop.hot_path.instructions,
                 "hot_path_per_matrix_unit": _rounded(loop.hot_path.per_matrix_unit),
+                "inner_loops": [x.body.instructions for x in function.inside(loop)],
                 "mix": {name: loop.body.units[name] for name in sass.CLASSES},
                 "shares_of_tensor_time": shares(architecture, loop.body),
                 "hot_path_shares_of_tensor_time": shares(architecture, loop.hot_path),
