@@ -105,7 +105,7 @@ class Compiler:
     def __init__(self, nvcc: str, jobs: int) -> None:
         self.nvcc = nvcc
         self.jobs = jobs
-        self.version = _run([nvcc, "--version"]).strip().splitlines()[-1]
+        self.version = re.findall(r"release .*", _run([nvcc, "--version"]))[0]
         files = [*CSRC.iterdir(), *(CSRC / "cuda").iterdir(), ROOT / "setup_cuda.py"]
         sources = _hash(self.version, *sorted(x for x in files if x.is_file()))
         self.folder = ROOT / "build" / "cuda_report" / sources
@@ -179,16 +179,14 @@ def loop_figures(
     return {
         function.name: tuple(
             {
-                "address": f"{loop.address:#x}",
                 "matrix_units": loop.body.matrix_work,
                 "instructions": loop.body.instructions,
                 "per_matrix_unit": _rounded(loop.body.per_matrix_unit),
                 "hot_path_instructions": loop.hot_path.instructions,
                 "hot_path_per_matrix_unit": _rounded(loop.hot_path.per_matrix_unit),
                 "inner_loops": [x.body.instructions for x in function.inside(loop)],
-                "mix": {name: loop.body.units[name] for name in sass.CLASSES},
+                "mix": {x: loop.body.units[x] for x in sass.CLASSES if loop.body.units[x]},
                 "shares_of_tensor_time": shares(architecture, loop.body),
-                "hot_path_shares_of_tensor_time": shares(architecture, loop.hot_path),
             }
             for loop in function.main_loops()
         )

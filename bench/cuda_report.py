@@ -155,7 +155,7 @@ def kernel_table(kernels: Sequence[Kernel]) -> Table:
 
 
 def _loop_cells(loop: dict[str, Any]) -> list[str]:
-    mix = ", ".join(f"{count} {name}" for name, count in loop["mix"].items() if count)
+    mix = ", ".join(f"{count} {name}" for name, count in loop["mix"].items())
     if loop["inner_loops"]:
         mix += f"; {len(loop['inner_loops'])} loops inside counted once"
     shares = loop["shares_of_tensor_time"]
@@ -179,7 +179,13 @@ def report(kernels: Sequence[Kernel], compiler: Compiler) -> dict[str, Any]:
         },
         "matrix_unit_multiply_adds": sass.MATRIX_UNIT,
         "targets": [
-            {**asdict(target), "kernel": str(kernel.name), "met": met}
+            {
+                **asdict(target),
+                "kernel": str(kernel.name),
+                "ours": kernel.loops[0]["per_matrix_unit"],
+                "spill_stores": kernel.resources.spill_stores,
+                "met": met,
+            }
             for target, kernel, met in verdicts(kernels)
         ],
         "spilling_up_to_head_dim_128": [
@@ -224,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(target_table(kernels))
     met = [bool(x) for _, _, x in verdicts(kernels)]
     spills = spilling(kernels)
-    console.print(f"{sum(met)} of {len(met)} targets met; {compiler.version}")
+    console.print(f"{sum(met)} of {len(met)} targets met; nvcc {compiler.version}")
     console.print(f"{len(spills)} kernels spill at a head_dim of up to {WIDEST_WITHOUT_SPILLS}")
     for kernel in spills:
         console.print(

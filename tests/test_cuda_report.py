@@ -174,11 +174,10 @@ def kernel_of(
     **name: object,
 ) -> Kernel:
     loop = {
-        "address": "0x10",
         "per_matrix_unit": per_matrix_unit,
         "hot_path_per_matrix_unit": 3.0,
         "inner_loops": list(inner_loops),
-        "mix": {"tensor": 256, "LDSM": 0},
+        "mix": {"tensor": 256, "LDSM": 80},
         "shares_of_tensor_time": {"exp": 0.5, "issue": 0.25},
     }
     found = Name(
