@@ -173,7 +173,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def nvidia_smi(device: torch.device) -> dict[str, str] | None:
     """Driver, clocks, power and temperature of the device as they are now."""
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     query = f"--query-gpu={','.join(NVIDIA_SMI)}"
     text = _output("nvidia-smi", query, "--format=csv,noheader", f"--id=GPU-{uuid}")
     return None if text is None else dict(zip(NVIDIA_SMI, text.split(", "), strict=True))
