@@ -109,12 +109,12 @@ def find_sanitizer() -> str | None:
 
 
 def kernel_names() -> list[str]:
-    """Parts of our kernels' names: the namespace of those in C++, and each Triton kernel's own."""
-    sources = sorted((ROOT / "triton_kernels").glob("*.py"))
+    """Parts of our kernels' names: the namespace of those in C++, and each Triton kernel's own,
+    which is that of its file. Other kernels with such a name are checked too."""
     triton = [
-        name
-        for source in sources
-        for name in re.findall(r"@triton\.jit\b.*?\ndef (\w+)", source.read_text(), re.S)
+        path.stem
+        for path in sorted((ROOT / "triton_kernels").glob("*.py"))
+        if re.search(rf"@triton\.jit\b.*\ndef {path.stem}\(", path.read_text())
     ]
     return ["attn_ext", *triton]
 
