@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-
-import torch
-
-from attn_ext.backends import cpu
 
 REST_SECONDS = 0.02
 ROUND_SECONDS = 0.05
@@ -37,18 +29,32 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
     return Comparison(statistics.median(times[0]), statistics.median(times[1]))
 
 
-def timed(function: Callable[[], object], burst: float = ROUND_SECONDS) -> Callable[[], float]:
-    """A function that gives the seconds of a call, averaged over `burst` seconds or one call."""
-    function()
-    start = time.perf_counter()
-    function()
-    count = max(1, round(burst / (time.perf_counter() - start)))
+def timed(
+    function: Callable[[], object],
+    burst: float = ROUND_SECONDS,
+    wait: Callable[[], object] = lambda: None,
+) -> Callable[[], float]:
+    """A function that gives the seconds of a call, averaged over `burst` seconds or one call.
 
-    def seconds() -> float:
+    Args:
+        function: what is timed.
+        burst: seconds that one measurement takes, about.
+        wait: waits until the device has done what the calls asked for: torch.cuda.synchronize.
+    """
+
+    def average(count: int) -> float:
+        wait()
         start = time.perf_counter()
         for _ in range(count):
             function()
+        wait()
         return (time.perf_counter() - start) / count
+
+    average(1)
+    count = max(1, round(burst / average(1)))
+
+    def seconds() -> float:
+        return average(count)
 
     return seconds
 
@@ -67,32 +73,3 @@ def alternate(
             time.sleep(rest)
             result.append(side())
     return results
-
-
-def machine() -> str:
-    """The machine in one line: processor, threads, instruction set, torch."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1] for line in lines if "model name" in line]
-    name = names[0].strip() if names else platform.processor()
-    return (
-        f"{name}, {torch.get_num_threads()} threads, {cpu.capability}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-
-
-def peak_mebibytes(code: str) -> float:
-    """How far a piece of code raises the peak memory of a fresh process that has warmed up.
-
-    Args:
-        code: Python that defines `warm_up()` and `work()`.
-    """
-    program = f"""
-{code}
-def peak():
-    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
-warm_up()
-resident = int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1])
-work()
-print((peak() - resident) / 1024)
-"""
-    return float(subprocess.check_output([sys.executable, "-c", program]))
