@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("rich")
 
+from bench.measure import alternate, compare, timed
 from rich.console import Console
 
 from attn_ext.backends import cpu
@@ -20,7 +21,6 @@ from bench import cpu as bench_cpu
 from bench import peak
 from bench.cpu import QUANTITIES, Outcome, Result, Round
 from bench.cpu_rows import Row, Work, all_rows, flops, key_value_bytes, padding_mask
-from bench.measure import alternate, compare, timed
 
 ROWS = all_rows()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -76,7 +76,9 @@ class Shape:
             numbers = [[int(number) for number in part] for part in parts]
         except ValueError:
             numbers = []
-        good = [len(part) for part in numbers] in _LENGTHS and all(x > 0 for n in numbers for x in n)
+        good = [len(part) for part in numbers] in _LENGTHS and all(
+            x > 0 for n in numbers for x in n
+        )
         if not good or numbers[1][0] % numbers[1][-1]:
             raise ValueError(
                 f"shape must be B,H,L,D in positive integers, where H may be Hq:Hkv, Hq a multiple "
@@ -155,7 +157,9 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of one call: those of the pairs that nothing hides."""
         products = {"backward": 5, "forward and backward": 7}.get(self.kind, 2)
-        attention = 2 * products * visible_pairs(self) * self.shape.query_heads * self.shape.head_dim
+        attention = (
+            2 * products * visible_pairs(self) * self.shape.query_heads * self.shape.head_dim
+        )
         if self.kind != "module":
             return attention
         projections = 8 * self.shape.batch * self.shape.query_length * self.shape.width**2

@@ -64,7 +64,9 @@ class Finding:
     @property
     def ratio(self) -> float:
         """The error in units of its limit."""
-        return self.error / self.limit if self.limit and self.error < math.inf else math.inf
+        if self.failure or math.isinf(self.error):
+            return math.inf
+        return self.error / self.limit if self.limit else self.error
 
     def __str__(self) -> str:
         where = f"{self.backend} on {self.device}, {self.dtype} {self.shape}, {self.problem}"
@@ -202,6 +204,18 @@ def check(
                     )
 
 
+def summary(findings: Sequence[Finding]) -> list[tuple[Finding, int, int]]:
+    """For each backend, device and dtype: the worst result, how many there are, how many failed."""
+    grouped: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.backend, finding.device, finding.dtype)
+        grouped.setdefault(key, []).append(finding)
+    return [
+        (max(found, key=lambda x: x.ratio), len(found), sum(not x.passed for x in found))
+        for found in grouped.values()
+    ]
+
+
 def _findings(
     question: Question, backends: Sequence[str], named: dict[str, str]
 ) -> Iterator[Finding]:
@@ -252,9 +266,7 @@ def _floors(question: Question, truth: Sequence[Tensor]) -> list[float]:
     dtype = question.dout.dtype
     exact = question.to(torch.float64)
     with torch.no_grad():
-        _, lse = attention(
-            *exact.tensors, backend="reference", return_lse=True, **exact.options
-        )
+        _, lse = attention(*exact.tensors, backend="reference", return_lse=True, **exact.options)
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     floors = []
     for number, expected in enumerate(truth):

@@ -8,9 +8,7 @@ medians over the rounds of each round's own ratio.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +24,8 @@ from attn_ext.benchmark.measure import REST_SECONDS, ROUND_SECONDS, alternate, t
 from attn_ext.benchmark.results import Group, Row
 from attn_ext.benchmark.sides import Prepared, Side, Unavailable, left_out_by_default, sides
 
+NO_KERNEL = "No viable backend for scaled_dot_product_attention"
+"""How PyTorch begins to say that a kernel that was asked for can't run something."""
 REASON_LENGTH = 160
 """Characters that are shown of what a package raised."""
 
@@ -212,5 +212,7 @@ def _sentence(raised: Exception) -> str:
     """The first line of what was raised."""
     if isinstance(raised, Unavailable):
         return str(raised)
+    if str(raised).startswith(NO_KERNEL):
+        return "PyTorch has no such kernel for this"
     text = f"{type(raised).__name__}: {str(raised).strip()}".splitlines()[0]
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,9 @@ def _ours(name: str, inputs: Inputs) -> Prepared:
     if explanation.backend is None:
         raise Unavailable("; ".join(explanation.reasons[name]))
     if inputs.case.device == "cpu" and name not in ("cpu", "reference"):
-        raise Unavailable("it is interpreted or emulated on this machine, so its time means nothing")
+        raise Unavailable(
+            "it is interpreted or emulated on this machine, so its time means nothing"
+        )
     if inputs.case.kind == "module":
         prepared = _module(inputs, attn_ext.MultiheadAttention.from_module)
         prepared.context = lambda: attn_ext.use_backend(name)
@@ -164,6 +167,7 @@ def _stock_module(inputs: Inputs) -> Prepared:
 def _nested(inputs: Inputs) -> Prepared:
     """Sequences without their padding, as a jagged nested tensor of (B, H, L*, D)."""
     assert inputs.lengths is not None
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
     lengths = inputs.lengths.tolist()
     rows = inputs.case.shape.query_length
 
@@ -173,7 +177,9 @@ def _nested(inputs: Inputs) -> Prepared:
 
     def padded(x: Tensor) -> Tensor:
         parts = x.transpose(1, 2).unbind()
-        return torch.stack([F.pad(part.transpose(0, 1), (0, 0, 0, rows - part.shape[0])) for part in parts])
+        return torch.stack(
+            [F.pad(part.transpose(0, 1), (0, 0, 0, rows - part.shape[0])) for part in parts]
+        )
 
     leaves = [jagged(x) for x in (inputs.query, inputs.key, inputs.value)]
     return Prepared(leaves, lambda: F.scaled_dot_product_attention(*leaves), None, padded)
@@ -226,7 +232,11 @@ def _flash_attn(inputs: Inputs) -> Prepared:
 def _xformers(inputs: Inputs) -> Prepared:
     package = _package("xformers.ops")
     shape = inputs.case.shape
-    if inputs.lengths is not None or inputs.window is not None or shape.query_heads != shape.key_heads:
+    if (
+        inputs.lengths is not None
+        or inputs.window is not None
+        or shape.query_heads != shape.key_heads
+    ):
         raise Unavailable("it is compared where heads are not grouped and nothing is ragged")
     bias: Any = package.LowerTriangularMask() if inputs.causal else None
     if inputs.mask is not None:
