@@ -21,6 +21,11 @@ from attn_ext import dispatch
 from attn_ext.backends import cpu, cuda
 from attn_ext.benchmark.cases import DTYPES, KINDS, Shape
 
+CHECK_COLUMNS = (
+    "backend", "device", "dtype", "results", "worst error", "PyTorch's", "limit", "where", "",
+)  # fmt: skip
+"""Of the table that `attn-ext check` prints; the worst error is the largest part of its limit."""
+
 
 def info() -> str:
     """Versions, instruction sets, threads, and what each backend can do here."""
@@ -62,7 +67,7 @@ def _cuda_devices() -> str:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Print a line a backend and dtype with its worst result, and every failure; 1 if any failed."""
+    """Print the worst result of each backend and dtype, and every failure; 1 if any failed."""
     from attn_ext.benchmark import check
 
     start = time.perf_counter()
@@ -74,7 +79,7 @@ def run_check(options: argparse.Namespace) -> int:
     if not found:
         print("nothing was checked: no backend of those can run any of this")
         return 1
-    rows = [("backend", "device", "dtype", "results", "largest part of its limit: error", "PyTorch's own", "limit", "where", "")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [CHECK_COLUMNS]
     for worst, count, failed in check.summary(found):
         figures = [f"{x:.1e}" for x in (worst.error, worst.theirs, worst.limit)]
         where = f"{worst.result}, {worst.problem} {worst.shape}"
@@ -84,15 +89,14 @@ def run_check(options: argparse.Namespace) -> int:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
     failures = [finding for finding in found if not finding.passed]
     for finding in failures:
         print(f"FAILED {finding}")
     print(
-        f"{len(found) - len(failures)} of {len(found)} results are right: within twice PyTorch's own "
-        f"error against float64, or what rounding costs; {time.perf_counter() - start:.0f} s"
+        f"{len(found) - len(failures)} of {len(found)} results are right: within twice PyTorch's "
+        f"own error against float64, or what rounding costs; {time.perf_counter() - start:.0f} s"
     )
     return 1 if failures else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,8 @@ class Shape:
             numbers = [[int(number) for number in part] for part in parts]
         except ValueError:
             numbers = []
-        good = [len(part) for part in numbers] in _LENGTHS and all(
-            x > 0 for n in numbers for x in n
-        )
-        if not good or numbers[1][0] % numbers[1][-1]:
+        good = [len(part) for part in numbers] in _LENGTHS
+        if not good or min(map(min, numbers)) < 1 or numbers[1][0] % numbers[1][-1]:
             raise ValueError(
                 f"shape must be B,H,L,D in positive integers, where H may be Hq:Hkv, Hq a multiple "
                 f"of Hkv, and L may be Lq:Lk, got {text!r}"
@@ -157,9 +156,7 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of one call: those of the pairs that nothing hides."""
         products = {"backward": 5, "forward and backward": 7}.get(self.kind, 2)
-        attention = (
-            2 * products * visible_pairs(self) * self.shape.query_heads * self.shape.head_dim
-        )
+        attention = 2 * products * visible_pairs(self) * self.shape.width
         if self.kind != "module":
             return attention
         projections = 8 * self.shape.batch * self.shape.query_length * self.shape.width**2
@@ -223,7 +220,8 @@ class Inputs:
             return x.to(device, dtype) if x is not None and x.is_floating_point() else x
 
         names = ("query", "key", "value", "dout", "mask")
-        return dataclasses.replace(self, **{name: cast(getattr(self, name)) for name in names})
+        changes: dict[str, Any] = {name: cast(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, **changes)
 
     @property
     def padding(self) -> Tensor | None:

@@ -1,11 +1,11 @@
 """`attn-ext check`: every backend that can run here, against float64, forward and backward.
 
-The truth is PyTorch's own attention in float64, from the same inputs; what it lacks (softcap, ALiBi,
-sinks, dropout) is computed by the reference in float64. A result may have twice the error that
-PyTorch has in the inputs' dtype. Where PyTorch's happens to be less than what rounding costs, the
-limit is that: half a unit of the result's dtype, and for gradients what follows from an LSE that was
-rounded to float32 (float64 for float64). In float64 there is nothing finer to measure against: there
-PyTorch's error in float32, scaled to float64's precision, stands for its own.
+The truth is PyTorch's own attention in float64, from the same inputs; what it lacks (softcap,
+ALiBi, sinks, dropout) is computed by the reference in float64. A result may have twice the error
+that PyTorch has in the inputs' dtype. Where PyTorch's happens to be less than what rounding costs,
+the limit is that: half a unit of the result's dtype, and for gradients what follows from an LSE
+that was rounded to float32 (float64 for float64). In float64 there is nothing finer to measure
+against: there PyTorch's error in float32, scaled to float64's precision, stands for its own.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def summary(findings: Sequence[Finding]) -> list[tuple[Finding, int, int]]:
 
 
 def _findings(
-    question: Question, backends: Sequence[str], named: dict[str, str]
+    question: Question, backends: Sequence[str], named: dict[str, Any]
 ) -> Iterator[Finding]:
     able = [
         name

@@ -42,10 +42,7 @@ SETS: dict[str, Callable[[str], list[Case]]] = {
 def run(options: argparse.Namespace) -> int:
     """Do what the command line asks; returns its exit status."""
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, highlight=False)
-    if options.source is not None:
-        found = Run.read(options.source)
-    else:
-        found = _measured(options, console)
+    found = _measured(options, console) if options.source is None else Run.read(options.source)
     console.print(measured_table(found.groups))
     exponents = fits(found.groups)
     if exponents:

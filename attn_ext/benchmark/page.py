@@ -26,12 +26,12 @@ CAPTIONS = {
     ),
     "memory": (
         "Memory by length",
-        "The highest use of memory during a call, beyond its inputs; results count. A backward pass "
-        "that holds the (L, L) weights grows with the square of the length.",
+        "The highest use of memory during a call, beyond its inputs; results count. A backward "
+        "pass that holds the (L, L) weights grows with the square of the length.",
     ),
     "error": (
         "Error by dtype",
-        "The largest difference of any element to the same computation in float64. Lower is better.",
+        "The largest difference of any element to the same computation in float64. Lower: better.",
     ),
     "roofline": (
         "Roofline",
@@ -53,7 +53,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #30363d;
   --page: #0d1117; --card: #161b22; --ours: #ff7b89; } }
 body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+  color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; } h2 { margin: 2.6rem 0 .3rem; font-size: 1.2rem; }
 h3 { margin: 1.4rem 0 .3rem; font-size: 1rem; }
 p, figcaption, li { color: var(--soft); margin: .2rem 0; max-width: 50rem; }
@@ -156,7 +156,7 @@ def _tiles(groups: Sequence[Group]) -> str:
             if ours:
                 ratios.setdefault(group.case.kind, []).append(max(ours))
     tiles = [
-        f'<div class="tile" title="{_text(KINDS[kind])}"><b>{geometric_mean(found):.2f}×</b>'
+        f'<div class="tile" title="{_text(KINDS[kind])}"><b>{geometric_mean(found):.2f}x</b>'
         f"<span>{_text(kind)}, {len(found)} case{'s' * (len(found) > 1)}</span></div>"
         for kind, found in ratios.items()
     ]
@@ -234,11 +234,11 @@ def _how(run: Run) -> str:
     kinds = {group.case.kind: KINDS[group.case.kind] for group in run.groups}
     return _list(
         [
-            f"{run.rounds} rounds a case; in each, every side takes its turn, and every other round "
-            "goes backwards, so that what slows the machine slows all sides alike",
+            f"{run.rounds} rounds a case; in each, every side takes its turn, and every other "
+            "round goes backwards, so that what slows the machine slows all sides alike",
             f"{run.limits}; the share is of the roofline, what multiply-adds or memory allow",
-            "operations are those of the pairs that nothing hides: 4 D a pair and head forward, 10 D "
-            "backward; bytes are each input and output once",
+            "operations are those of the pairs that nothing hides: 4 D a pair and head forward, "
+            "10 D backward; bytes are each input and output once",
             "errors are against PyTorch's own operations in float64; memory is that of a call in a "
             "process beside the timing, at its highest",
             "a backend that would be interpreted or emulated here is left out",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import matplotlib
 
@@ -36,7 +37,7 @@ MARKERS = "osD^vPX*"
 SCHEMES = (
     "<style>:root{color:#1f2328}@media(prefers-color-scheme:dark){:root{color:#e6edf3}}</style>"
 )
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -74,7 +75,7 @@ def plots(run: Run) -> dict[str, str]:
     }
     found = {}
     for name, draw in drawers.items():
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        with matplotlib.rc_context(cast(Any, {**STYLE, "svg.hashsalt": name})):
             figure = draw(run)
             if figure is not None:
                 found[name] = _svg(figure, name)
@@ -145,7 +146,7 @@ def _speedup(run: Run) -> Figure | None:
         places, [ratio for _, ratio, _ in bars], 0.68, color=[color_of(x, sides) for *_, x in bars]
     )
     for place, (_, ratio, _) in zip(places, bars, strict=True):
-        axes.text(ratio, place, f" {ratio:.2f}×", va="center", fontsize=8)
+        axes.text(ratio, place, f" {ratio:.2f}x", va="center", fontsize=8)
     several = len({side for *_, side in bars}) > 1
     axes.set_yticks(
         places, [f"{name}, {side}" if several else name for name, _, side in bars], fontsize=8
@@ -179,9 +180,8 @@ def _by_length(run: Run, label: str, value: Callable[[Group, Row], float]) -> Fi
             if points:
                 _line(axes, side, sides, *map(list, zip(*points, strict=True)))
         shape = shown[0].case.shape
-        axes.set_title(
-            f"{kind}, {dtype}, B {shape.batch}, H {shape.query_heads}, D {shape.head_dim}"
-        )
+        sizes = f"B {shape.batch}, H {shape.query_heads}, D {shape.head_dim}"
+        axes.set_title(f"{kind}, {dtype}, {sizes}")
         axes.set_xscale("log", base=2)
         lengths = sorted({size("L", group.case.shape) for group in shown})
         axes.set_xticks(lengths, [str(x) for x in lengths])

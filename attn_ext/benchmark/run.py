@@ -1,8 +1,8 @@
 """Measures cases: every side in interleaved rounds, then errors and memory.
 
-In each round every side of a case takes its turn, the machine's limits among them, and every other
-round goes backwards. What slows the machine for a while slows all sides alike; ratios and shares are
-medians over the rounds of each round's own ratio.
+In each round every side of a case takes its turn, the machine's limits among them, and every
+other round goes backwards. What slows the machine for a while slows all sides alike; ratios and
+shares are medians over the rounds of each round's own ratio.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attn_ext.benchmark.accuracy import largest_error
 from attn_ext.benchmark.cases import DECODE_BYTES, Case, Inputs, key_value_bytes, make_inputs
 from attn_ext.benchmark.measure import REST_SECONDS, ROUND_SECONDS, alternate, timed
 from attn_ext.benchmark.results import Group, Row
-from attn_ext.benchmark.sides import Prepared, Side, Unavailable, left_out_by_default, sides
+from attn_ext.benchmark.sides import Prepared, Side, UnavailableError, left_out_by_default, sides
 
 NO_KERNEL = "No viable backend for scaled_dot_product_attention"
 """How PyTorch begins to say that a kernel that was asked for can't run something."""
@@ -210,7 +210,7 @@ def _in_context(
 
 def _sentence(raised: Exception) -> str:
     """The first line of what was raised."""
-    if isinstance(raised, Unavailable):
+    if isinstance(raised, UnavailableError):
         return str(raised)
     if str(raised).startswith(NO_KERNEL):
         return "PyTorch has no such kernel for this"

@@ -58,9 +58,8 @@ def fits(groups: Sequence[Group]) -> list[Fit]:
                 if value:
                     key = (case.sweep, case.kind, case.dtype, row.side, quantity)
                     series.setdefault(key, {})[size(case.sweep, case.shape)] = float(value)
-    return [
-        Fit(*key, points, *power_law(points)) for key, points in series.items() if len(points) > 2
-    ]
+    enough = {key: points for key, points in series.items() if len(points) > 2}
+    return [Fit(*key, points, *power_law(points)) for key, points in enough.items()]
 
 
 def power_law(points: dict[int, float]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Who does the work: attn_ext's backends, PyTorch's own kernels, and other packages if installed.
 
-A side that can't do a case says why by raising `Unavailable` or whatever its package raises.
+A side that can't do a case says why by raising `UnavailableError` or whatever its package raises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attn_ext.benchmark.cases import Case, Inputs
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why a side can't do a case, in a sentence."""
 
 
@@ -118,11 +118,9 @@ def _ours(name: str, inputs: Inputs) -> Prepared:
     keys = probe if x.dim() == 3 else inputs.key
     explanation = attn_ext.explain(probe, keys, keys, backend=name)
     if explanation.backend is None:
-        raise Unavailable("; ".join(explanation.reasons[name]))
+        raise UnavailableError("; ".join(explanation.reasons[name]))
     if inputs.case.device == "cpu" and name not in ("cpu", "reference"):
-        raise Unavailable(
-            "it is interpreted or emulated on this machine, so its time means nothing"
-        )
+        raise UnavailableError("it is interpreted or emulated here, so its time would mean nothing")
     if inputs.case.kind == "module":
         prepared = _module(inputs, attn_ext.MultiheadAttention.from_module)
         prepared.context = lambda: attn_ext.use_backend(name)
@@ -177,19 +175,25 @@ def _nested(inputs: Inputs) -> Prepared:
 
     def padded(x: Tensor) -> Tensor:
         parts = x.transpose(1, 2).unbind()
+        rest = [(0, 0, 0, rows - part.shape[0]) for part in parts]
         return torch.stack(
-            [F.pad(part.transpose(0, 1), (0, 0, 0, rows - part.shape[0])) for part in parts]
+            [F.pad(part.transpose(0, 1), pad) for part, pad in zip(parts, rest, strict=True)]
         )
 
-    leaves = [jagged(x) for x in (inputs.query, inputs.key, inputs.value)]
-    return Prepared(leaves, lambda: F.scaled_dot_product_attention(*leaves), None, padded)
+    query, key, value = (jagged(x) for x in (inputs.query, inputs.key, inputs.value))
+    return Prepared(
+        [query, key, value],
+        lambda: F.scaled_dot_product_attention(query, key, value),
+        None,
+        padded,
+    )
 
 
 def _flex(inputs: Inputs) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if inputs.case.device == "cpu" and inputs.case.needs_gradients:
-        raise Unavailable("it has no backward pass on CPUs")
+        raise UnavailableError("it has no backward pass on CPUs")
     shape, device = inputs.case.shape, inputs.query.device
     options: dict[str, Any] = {"enable_gqa": shape.query_heads != shape.key_heads}
     mask, padding = inputs.mask, inputs.padding
@@ -221,7 +225,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _flash_attn(inputs: Inputs) -> Prepared:
     package = _package("flash_attn")
     if inputs.mask is not None or inputs.lengths is not None:
-        raise Unavailable("it takes no mask")
+        raise UnavailableError("it takes no mask")
     _only_on_gpus(inputs)
     function = functools.partial(
         package.flash_attn_func, causal=inputs.causal, window_size=inputs.window or (-1, -1)
@@ -232,12 +236,9 @@ def _flash_attn(inputs: Inputs) -> Prepared:
 def _xformers(inputs: Inputs) -> Prepared:
     package = _package("xformers.ops")
     shape = inputs.case.shape
-    if (
-        inputs.lengths is not None
-        or inputs.window is not None
-        or shape.query_heads != shape.key_heads
-    ):
-        raise Unavailable("it is compared where heads are not grouped and nothing is ragged")
+    grouped = shape.query_heads != shape.key_heads
+    if inputs.lengths is not None or inputs.window is not None or grouped:
+        raise UnavailableError("it is compared where heads are not grouped and nothing is ragged")
     bias: Any = package.LowerTriangularMask() if inputs.causal else None
     if inputs.mask is not None:
         bias = inputs.mask
@@ -251,9 +252,9 @@ def _xformers(inputs: Inputs) -> Prepared:
 def _flashinfer(inputs: Inputs) -> Prepared:
     package = _package("flashinfer")
     if inputs.case.needs_gradients:
-        raise Unavailable("it has no backward pass")
+        raise UnavailableError("it has no backward pass")
     if inputs.case.shape.batch != 1 or inputs.mask is not None or inputs.window is not None:
-        raise Unavailable("it is compared on single sequences without a mask")
+        raise UnavailableError("it is compared on single sequences without a mask")
     _only_on_gpus(inputs)
     prefill = functools.partial(package.single_prefill_with_kv_cache, causal=inputs.causal)
 
@@ -266,7 +267,7 @@ def _flashinfer(inputs: Inputs) -> Prepared:
 
 
 def _attention(
-    inputs: Inputs, function: Callable[..., Tensor], heads_inside: bool = False
+    inputs: Inputs, function: Callable[..., Any], heads_inside: bool = False
 ) -> Prepared:
     """A function of query, key and value; heads_inside: of the layout (B, L, H, D)."""
 
@@ -316,9 +317,9 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise Unavailable("it is not installed") from None
+        raise UnavailableError("it is not installed") from None
 
 
 def _only_on_gpus(inputs: Inputs) -> None:
     if inputs.case.device == "cpu":
-        raise Unavailable("it runs on GPUs")
+        raise UnavailableError("it runs on GPUs")

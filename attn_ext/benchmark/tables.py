@@ -11,7 +11,7 @@ from rich.table import Table
 from attn_ext.benchmark.results import Group, Row, Run
 from attn_ext.benchmark.scaling import NAMES, Fit
 
-COLUMNS = ("side", "time", "× PyTorch", "GFLOP/s", "GB/s", "of peak", "max error", "peak memory")
+COLUMNS = ("side", "time", "speedup", "GFLOP/s", "GB/s", "of peak", "max error", "peak memory")
 
 
 def cells(group: Group, row: Row) -> list[str]:
