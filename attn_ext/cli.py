@@ -148,8 +148,8 @@ def parser() -> argparse.ArgumentParser:
         help="write one plot of the report",
     )  # fmt: skip
     bench.add_argument(
-        "--kernels", nargs="+", type=pathlib.Path, default=[],
-        help="JSON reports of compiled GPU kernels, which become a part of the HTML",
+        "--kernels", action="append", type=pathlib.Path, default=[],
+        help="a JSON report of compiled GPU kernels, to become a part of the HTML; may be repeated",
     )  # fmt: skip
     bench.add_argument(
         "--from", dest="source", type=pathlib.Path, metavar="JSON",

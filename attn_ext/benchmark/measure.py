@@ -1,32 +1,12 @@
-"""Measuring two sides of a comparison on a machine that is noisy, shared and throttles."""
+"""Measuring sides of a comparison on a machine that is noisy, shared and throttles."""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 REST_SECONDS = 0.02
 ROUND_SECONDS = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Median seconds of a call, over rounds in which both sides took turns."""
-
-    ours: float
-    theirs: float
-
-    @property
-    def ratio(self) -> float:
-        return self.theirs / self.ours
-
-
-def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> Comparison:
-    """Time two functions in alternating rounds of about 50 ms, with rests against throttling."""
-    times = alternate((timed(ours), timed(theirs)), rounds, REST_SECONDS)
-    return Comparison(statistics.median(times[0]), statistics.median(times[1]))
 
 
 def timed(

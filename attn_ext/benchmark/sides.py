@@ -209,17 +209,15 @@ def _flex(inputs: Inputs) -> Prepared:
         visible = lambda b, h, i, j: mask[i, j]  # noqa: E731
     elif mask is not None:
         options["score_mod"] = lambda score, b, h, i, j: score + mask[i, j]
+    # After several shapes of one function PyTorch would no longer compile, and run it unfused.
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
     if visible is not None:
         batch = shape.batch if padding is not None else None
         options["block_mask"] = create_block_mask(
             visible, batch, None, shape.query_length, shape.key_length, device=device
         )
-    return _attention(inputs, functools.partial(_compiled(flex_attention), **options))
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    return _attention(inputs, functools.partial(compiled, **options))
 
 
 def _flash_attn(inputs: Inputs) -> Prepared:
