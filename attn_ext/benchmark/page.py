@@ -123,7 +123,7 @@ def page(run: Run, kernel_reports: Sequence[pathlib.Path] = ()) -> str:
             f"<h1>{_text(title)}</h1>",
             f"<p>{_text(_machine_line(run))}</p>",
             _tiles(run.groups),
-            "<nav>" + "".join(f'<a href="#{x}">{_text(y)}</a>' for x, y in links) + "</nav>",
+            "<nav>" + " ".join(f'<a href="#{x}">{_text(y)}</a>' for x, y in links) + "</nav>",
             *sections,
             "</body>\n</html>\n",
         ]

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from attn_ext.benchmark.cases import DTYPES
 from attn_ext.benchmark.results import Group, Row, Run
@@ -123,6 +124,12 @@ def _line(axes: Axes, side: str, sides: Sequence[str], x: list[float], y: list[f
     )
 
 
+def _plain_numbers(axes: Axes) -> None:
+    """0.1, 1, 10 rather than powers, and no numbers between."""
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(1, len(labels))))
@@ -187,7 +194,6 @@ def _by_length(run: Run, label: str, value: Callable[[Group, Row], float]) -> Fi
         axes.set_xticks(lengths, [str(x) for x in lengths])
         axes.set_xlabel("length L")
         if label == "GFLOP/s":
-            axes.set_ylim(bottom=0)
             limits = [x for group in shown for x in group.compute_limits]
             if limits:
                 axes.axhline(max(limits) / 1e9, color=INK, linestyle="--", linewidth=1)
@@ -198,8 +204,10 @@ def _by_length(run: Run, label: str, value: Callable[[Group, Row], float]) -> Fi
                     textcoords="offset points",
                     fontsize=8,
                 )
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         else:
             axes.set_yscale("log")
+            _plain_numbers(axes)
     units = {"time": "time of a call, ms", "peak memory": "peak memory beyond the inputs, MiB"}
     axes_list[0][0].set_ylabel(units.get(label, label))
     _legend_below(figure, axes_list[0][0])
@@ -308,6 +316,7 @@ def _scaling(run: Run, quantity: str) -> Figure | None:
             axes.set_yscale("log")
             axes.set_xlabel(NAMES[dimension])
             axes.xaxis.set_major_formatter("{x:.0f}")
+            _plain_numbers(axes)
             axes.legend(fontsize=7, loc="upper left", handlelength=1.2)
             low, high = axes.get_ylim()
             axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
