@@ -158,6 +158,9 @@ def _speedup(run: Run) -> Figure | None:
     axes.set_yticks(
         places, [f"{name}, {side}" if several else name for name, _, side in bars], fontsize=8
     )
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(left=min(0.75, *(0.9 * ratio for _, ratio, _ in bars)))
+    axes.xaxis.set_major_formatter("{x:g}x")
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_ylim(0.3, len(bars) + 0.7)
     axes.set_xlabel("times as fast as PyTorch's own choice of kernel (the line: as fast)")
@@ -224,7 +227,8 @@ def _error_by_dtype(run: Run) -> Figure | None:
     if not shapes:
         return None
     (kind, shape), found = max(shapes.items(), key=lambda item: len(item[1]))
-    dtypes = [dtype for dtype in DTYPES if dtype in found]
+    # In float64 there is nothing finer to measure against.
+    dtypes = [dtype for dtype in DTYPES if dtype in found and dtype != "float64"]
     sides = _sides(found.values())
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
     width = 0.8 / len(sides)
