@@ -149,16 +149,15 @@ def _speedup(run: Run) -> Figure | None:
     sides = _sides(run.groups)
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.23 * len(bars)), layout="constrained")
     places = range(len(bars), 0, -1)
-    axes.barh(
-        places, [ratio for _, ratio, _ in bars], 0.68, color=[color_of(x, sides) for *_, x in bars]
-    )
+    axes.set_xscale("log", base=2)
+    colors = [color_of(side, sides) for *_, side in bars]
+    axes.barh(places, [ratio - 1 for _, ratio, _ in bars], 0.68, left=1, color=colors)
     for place, (_, ratio, _) in zip(places, bars, strict=True):
-        axes.text(ratio, place, f" {ratio:.2f}x", va="center", fontsize=8)
+        axes.text(max(ratio, 1), place, f" {ratio:.2f}x", va="center", fontsize=8)
     several = len({side for *_, side in bars}) > 1
     axes.set_yticks(
         places, [f"{name}, {side}" if several else name for name, _, side in bars], fontsize=8
     )
-    axes.set_xscale("log", base=2)
     axes.set_xlim(left=min(0.75, *(0.9 * ratio for _, ratio, _ in bars)))
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.axvline(1, color=INK, linewidth=1)
