@@ -84,6 +84,9 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 }
 """
 
+MOST_ROWS_SHOWN = 40
+"""Of a table of compiled kernels; a longer one opens when it is clicked."""
+
 
 def page(run: Run, kernel_reports: Sequence[pathlib.Path] = ()) -> str:
     """The whole report.
@@ -213,7 +216,9 @@ def _kernel_reports(paths: Sequence[pathlib.Path]) -> str:
         for name, rows in tables.items():
             if isinstance(rows, list) and rows and isinstance(rows[0], dict):
                 summary = f"<summary>{_text(name.replace('_', ' '))}: {len(rows)} rows</summary>"
-                parts.append(f"<details open>{summary}{_table([_flat(x) for x in rows])}</details>")
+                state = " open" if len(rows) <= MOST_ROWS_SHOWN else ""
+                table = _table([_flat(x) for x in rows])
+                parts.append(f"<details{state}>{summary}{table}</details>")
     return "\n".join(parts)
 
 

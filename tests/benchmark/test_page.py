@@ -76,7 +76,7 @@ def test_every_plot_is_drawn(report: str, tmp_path: pathlib.Path) -> None:
     for name, plot in seen["plots"].items():
         assert plot["width"] > 500, name
         assert plot["height"] > 150, name
-        assert plot["shapes"] > 20, name
+        assert plot["shapes"] > 15, name
         assert plot["words"] > 8, name
         assert plot["ours"] > 0, name
         assert plot["inside"], name
