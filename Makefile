@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 NATIVE := setup.py setup_cuda.py pyproject.toml $(CSRC)
-CXX_FILES := $(CSRC) $(wildcard bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
+RESULTS := bench/results
+CXX_FILES := $(CSRC) $(wildcard attn_ext/benchmark/*.cpp bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
-.PHONY: demo test exhaustive sanitize bench bench-cpu cuda-report gpu lint format stubs wheel clean
+.PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report gpu lint format stubs wheel clean
 
 demo: .venv/built  ## train a small language model with stock attention and with ours, side by side
 	$(BIN)/python -m examples.demo
@@ -19,8 +20,14 @@ exhaustive: .venv/built  ## the full sweep of the contract suite
 sanitize: .venv/built  ## the contract suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh
 
-bench: .venv/built  ## the figures that README quotes
-	$(BIN)/python -m bench.report
+bench: .venv/built  ## time, memory and errors beside PyTorch and others: README's plot and a report
+	mkdir -p $(RESULTS)
+	$(BIN)/attn-ext bench --json $(RESULTS)/bench.json
+	$(MAKE) report
+
+report: .venv/built  ## draw what `make bench` measured, with the reports of compiled GPU kernels
+	$(BIN)/attn-ext bench --from $(RESULTS)/bench.json --report build/report.html \
+	  --svg gflops $(RESULTS)/gflops.svg $(addprefix --kernels ,$(wildcard $(RESULTS)/*_report.json))
 
 bench-cpu: .venv/built  ## the CPU kernels against their targets and the machine's measured peak
 	$(BIN)/python -m bench.cpu

@@ -30,9 +30,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from attn_ext.backends import cpu
+from attn_ext.benchmark.machine import machine
+from attn_ext.benchmark.measure import alternate, timed
+from attn_ext.benchmark.peak import Peaks, multiply_add_rate, peaks, read_rate
 from bench.cpu_rows import Row, all_rows
-from bench.measure import alternate, machine, timed
-from bench.peak import Peaks, multiply_add_rate, peaks, read_rate
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu_targets.json"

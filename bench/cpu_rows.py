@@ -1,6 +1,6 @@
 """What the CPU kernels are held to: every row of work, what it is compared with, and its targets.
 
-Shapes are (B, H, L, D) for attention and (B, L, E, H) for modules. Nothing runs here: a row
+Sizess are (B, H, L, D) for attention and (B, L, E, H) for modules. Nothing runs here: a row
 prepares its tensors when bench/cpu.py measures it.
 """
 
@@ -16,24 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attn_ext
+from attn_ext.benchmark.cases import (
+    DECODE_BYTES,
+    DECODE_HEAD_DIM,
+    DECODE_HEADS,
+    DECODE_KEYS,
+    LARGE,
+    MODULES,
+    SMALL,
+    Sizes,
+    flops,
+    key_value_bytes,
+    padding_mask,
+)
 
-Shape = tuple[int, int, int, int]
 Attention = Callable[..., Tensor]
 
-LARGE: tuple[Shape, ...] = ((1, 8, 4096, 64), (1, 8, 2048, 128))
-SMALL: tuple[Shape, ...] = ((2, 8, 1024, 64), (2, 8, 128, 64), (32, 8, 32, 64), (1, 12, 197, 64))
-MASKED: tuple[Shape, ...] = ((2, 8, 1024, 64), (1, 8, 2048, 128))
-MODULES: tuple[Shape, ...] = ((8, 512, 512, 8), (2, 2048, 768, 12))
-MODULE_OF_PROJECTIONS: Shape = (32, 128, 256, 4)
-MODULE_OF_16_TOKENS: Shape = (1, 16, 256, 4)
-TINY: Shape = (1, 1, 4, 64)
+MASKED: tuple[Sizes, ...] = ((2, 8, 1024, 64), (1, 8, 2048, 128))
+MODULE_OF_PROJECTIONS: Sizes = (32, 128, 256, 4)
+MODULE_OF_16_TOKENS: Sizes = (1, 16, 256, 4)
+TINY: Sizes = (1, 1, 4, 64)
 
-DECODE_KEYS = (4096, 32768)
-DECODE_HEADS = ((32, 32), (32, 8))
-DECODE_HEAD_DIM = 128
-DECODE_BYTES = 2**28
-"""Decoding goes from cache to cache, as from layer to layer: so much of them that all are read from
-memory."""
 HIDDEN_SHARE = 0.1
 """Of the keys, by the padding mask."""
 
@@ -56,7 +59,7 @@ class Row:
         name: the work in words; unique.
         targets: the bound on each quantity, by the names of bench/cpu.py's QUANTITIES.
         prepare: makes the tensors and the two functions.
-        peak: the limit that "percent of peak" refers to, as bench/peak.py names it.
+        peak: the limit that "percent of peak" refers to, as attn_ext.benchmark.peak names it.
         capability: the instruction set to run at, where it is not the best one.
     """
 
@@ -68,28 +71,12 @@ class Row:
     capability: str | None = None
 
 
-def flops(shape: Shape, products: int, causal: bool = False) -> int:
-    """Floating-point operations of `products` matrix products over the pairs of query and key.
-
-    A forward pass makes 2 (scores, output), a backward 5 (scores, and the gradients of weights,
-    query, key and value). Causal counts only the pairs that are needed, key <= query.
-    """
-    batch, heads, length, head_dim = shape
-    pairs = length * (length + 1) // 2 if causal else length * length
-    return 2 * products * batch * heads * pairs * head_dim
-
-
-def key_value_bytes(heads: int, length: int, head_dim: int, dtype: torch.dtype) -> int:
-    """The size of one sequence's keys and values."""
-    return 2 * heads * length * head_dim * dtype.itemsize
-
-
 def name_of(dtype: torch.dtype, causal: bool = False) -> str:
     return str(dtype).removeprefix("torch.") + (", causal" if causal else "")
 
 
 def tensors_of(
-    shape: Shape, dtype: torch.dtype, requires_grad: bool = False
+    shape: Sizes, dtype: torch.dtype, requires_grad: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value."""
     query, key, value = (
@@ -99,7 +86,7 @@ def tensors_of(
 
 
 def forward_row(
-    shape: Shape,
+    shape: Sizes,
     dtype: torch.dtype,
     causal: bool,
     targets: dict[str, float],
@@ -140,7 +127,7 @@ def backward_rows() -> Iterator[Row]:
     """The gradients alone, of a graph that is kept."""
     for shape, causal in itertools.product(LARGE, (False, True)):
 
-        def prepare(shape: Shape = shape, causal: bool = causal) -> Work:
+        def prepare(shape: Sizes = shape, causal: bool = causal) -> Work:
             x = tensors_of(shape, torch.float32, requires_grad=True)
             dout = torch.randn(shape)
 
@@ -166,7 +153,7 @@ def forward_and_backward_rows() -> Iterator[Row]:
     ):
 
         def prepare(
-            shape: Shape = shape, dtype: torch.dtype = dtype, causal: bool = causal
+            shape: Sizes = shape, dtype: torch.dtype = dtype, causal: bool = causal
         ) -> Work:
             x = tensors_of(shape, dtype, requires_grad=True)
             dout = torch.randn(shape).to(dtype)
@@ -182,23 +169,16 @@ def forward_and_backward_rows() -> Iterator[Row]:
         yield Row("forward and backward", name, {"speedup": speedup}, prepare)
 
 
-def padding_mask(batch: int, length: int, hidden_share: float) -> Tensor:
-    """(B, 1, 1, S) bool, False for the given share of keys at the end of each sequence."""
-    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
-    mask[..., length - round(hidden_share * length) :] = False
-    return mask
-
-
 def mask_rows() -> Iterator[Row]:
     """Our own forward with a mask, against our own without."""
-    masks: dict[str, Callable[[Shape], Tensor]] = {
+    masks: dict[str, Callable[[Sizes], Tensor]] = {
         "padding mask hiding 10 %": lambda x: padding_mask(x[0], x[2], HIDDEN_SHARE),
         "padding mask hiding nothing": lambda x: padding_mask(x[0], x[2], 0.0),
         "(L, S) float mask": lambda x: torch.randn(x[2], x[2]),
     }
     for shape, (label, make) in itertools.product(MASKED, masks.items()):
 
-        def prepare(shape: Shape = shape, make: Callable[[Shape], Tensor] = make) -> Work:
+        def prepare(shape: Sizes = shape, make: Callable[[Sizes], Tensor] = make) -> Work:
             x, mask = tensors_of(shape, torch.float32), make(shape)
             return Work(
                 lambda: attn_ext.scaled_dot_product_attention(*x, mask),
@@ -246,7 +226,7 @@ def decode_rows() -> Iterator[Row]:
 
 
 def module_row(
-    shape: Shape,
+    shape: Sizes,
     dtype: torch.dtype,
     speedup: float,
     *,

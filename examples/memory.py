@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 import attn_ext
+from attn_ext.benchmark.memory import peak_bytes
 from examples.language_model import LanguageModel, ModelConfig
 from examples.training import Trainer
 
@@ -40,27 +39,14 @@ def _measure(config: ModelConfig, batch: int, swapped: bool, threads: int) -> in
         attn_ext.replace_multihead_attention(model)
     trainer = Trainer(model, steps=4, learning_rate=1e-3)
     _step(trainer, batch, min(8, config.context))
-    before, _ = _resident_and_peak()
-    for _ in range(2):
-        _step(trainer, batch, config.context)
-    return _resident_and_peak()[1] - before
+
+    def steps() -> None:
+        for _ in range(2):
+            _step(trainer, batch, config.context)
+
+    return peak_bytes(steps)
 
 
 def _step(trainer: Trainer, batch: int, context: int) -> None:
     tokens = torch.zeros(batch, context, dtype=torch.int64)
     trainer.step(tokens, tokens)
-
-
-def _resident_and_peak() -> tuple[int, int]:
-    """This process's memory now and at its highest, in bytes.
-
-    Linux keeps the peak that getrusage reports from the parent process across exec, so it is read
-    from /proc there. Elsewhere only the peak is known, and stands for both.
-    """
-    if sys.platform == "linux":
-        with open("/proc/self/status") as status:
-            lines = dict(line.split(":", 1) for line in status)
-        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak, peak

@@ -1,4 +1,4 @@
-"""The problems of the contract suite, and the measure of error that all of it uses."""
+"""The problems of the contract suite."""
 
 from __future__ import annotations
 
@@ -271,23 +271,3 @@ def gradients_from_rounded(
     row_term = (weights * keep * dweights).sum(-1)
     found.update(gradients("weights'", dweights, row_term, 0.0 * exact.value.sum()))
     return {name: tensor.detach() for name, tensor in found.items()}
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference. Infinities and NaN must be in the same places."""
-    finite = torch.isfinite(expected)
-    assert torch.equal(torch.isfinite(actual), finite)
-    assert torch.equal(actual[~finite].double().nan_to_num(5.0), expected[~finite].nan_to_num(5.0))
-    if not finite.any():
-        return 0.0
-    return (actual[finite].double() - expected[finite]).square().mean().sqrt().item()
-
-
-def rounding_unit(expected: Tensor, dtype: torch.dtype) -> float:
-    """What rounding a right result to a dtype may cost: the least that an error limit can be.
-
-    Where the exact result cancels to nothing, that of the terms, which are of size 1.
-    """
-    finite = expected[torch.isfinite(expected)]
-    size = finite.square().mean().sqrt().item() if finite.numel() else 0.0
-    return torch.finfo(dtype).eps * (size if size > 1e-12 else 1.0)

@@ -1,8 +1,8 @@
 // What this machine can do at best: multiply-adds in registers, and reads of memory.
 //
-// These are the limits that bench/cpu.py holds the kernels against; bench/peak.py compiles and
-// loads this file. Every function runs on `threads` OpenMP threads and returns a rate: floating-
-// point operations or bytes a second, or 0 where the processor lacks the instructions.
+// These are the limits that `attn-ext bench` and bench/cpu.py hold the kernels against; peak.py
+// compiles and loads this file. Every function runs on `threads` OpenMP threads and returns a rate:
+// floating- point operations or bytes a second, or 0 where the processor lacks the instructions.
 #include <omp.h>
 
 #include <cstdint>

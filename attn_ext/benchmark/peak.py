@@ -1,7 +1,8 @@
 """This machine's limits, measured: multiply-adds in registers and reads of memory.
 
-bench/peak.cpp is compiled when first needed, into build/, and loaded after torch, so that both
-share one OpenMP library and its threads.
+For a CPU peak.cpp is compiled when first needed, into the user's cache, and loaded after torch, so
+that both share one OpenMP library and its threads. On a GPU, and without a C++ compiler, PyTorch's
+own matrix product and copy stand for the limits: `how` says which it was.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import shlex
+import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from attn_ext.benchmark.measure import timed
+
 SOURCE = pathlib.Path(__file__).parent / "peak.cpp"
-BUILD = pathlib.Path(__file__).parent.parent / "build"
 ITERATIONS = 300_000
 """Of a loop of 12 or 24 instructions, two a cycle: half a millisecond to one at 4 GHz."""
 BURSTS = 5
 """Short runs of which the best counts: what else the machine did only slowed the others."""
 REST_SECONDS = 0.05
+BURST_SECONDS = 0.01
 READ_BYTES = 2**29
 """Beyond any cache."""
 READS = 4
@@ -38,7 +44,7 @@ FUNCTIONS = {
     "float32_avx2": ("float32_avx2",),
     "bfloat16": ("bfloat16_avx512",),
 }
-"""Of bench/peak.cpp, best first: what measures each limit."""
+"""Of peak.cpp, best first: what measures each limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +105,61 @@ def read_rate(threads: int, read_bytes: int = READ_BYTES, reads: int = READS) ->
     return statistics.harmonic_mean(rates)
 
 
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Of the square matrices that are multiplied where PyTorch's product stands for a limit."""
+
+
+def has_compiler() -> bool:
+    """Whether peak.cpp can be compiled here."""
+    return shutil.which(_compiler()[0]) is not None
+
+
+def how(device: str) -> str:
+    """How the limits of a device are measured, in a sentence."""
+    if device == "cpu" and has_compiler():
+        return (
+            "the machine's limits are multiply-adds in registers and reads of a buffer larger than "
+            "any cache, measured in the same rounds as the kernels"
+        )
+    missing = " (no C++ compiler was found to measure more)" if device == "cpu" else ""
+    return (
+        "the machine's limits are PyTorch's matrix product and its copy of a large buffer"
+        f"{missing}, measured in the same rounds as the kernels"
+    )
+
+
+def compute_limit(dtype: str, device: str) -> Callable[[], float] | None:
+    """A function that measures operations a second now; None where nothing measures a dtype's."""
+    threads = torch.get_num_threads()
+    if device == "cpu" and has_compiler():
+        if dtype not in FUNCTIONS or multiply_add_rate(dtype, threads, bursts=1) is None:
+            return None
+        return lambda: multiply_add_rate(dtype, threads) or math.nan
+    size = PRODUCT_SIZE["cpu" if device == "cpu" else "cuda"]
+    left, right = torch.ones(2, size, size, dtype=getattr(torch, dtype), device=device)
+    seconds = timed(lambda: left @ right, BURST_SECONDS, waiting_for(device))
+    return lambda: 2 * size**3 / seconds()
+
+
+def memory_limit(device: str) -> Callable[[], float]:
+    """A function that measures bytes read (or read and written) a second now."""
+    if device == "cpu" and has_compiler():
+        return lambda: read_rate(torch.get_num_threads())
+    source = torch.ones(READ_BYTES // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    seconds = timed(lambda: target.copy_(source), BURST_SECONDS, waiting_for(device))
+    return lambda: 2 * READ_BYTES / seconds()
+
+
+def waiting_for(device: str) -> Callable[[], object]:
+    """Waits until a device has done what it was asked."""
+    return (lambda: None) if device == "cpu" else (lambda: torch.cuda.synchronize(device))
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
 @functools.cache
 def _buffer(size: int) -> Tensor:
     """Written once by all threads, on the same kind of pages as any tensor."""
@@ -107,12 +168,14 @@ def _buffer(size: int) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """bench/peak.cpp, compiled unless this very text of it was before."""
-    path = BUILD / f"peak-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    """peak.cpp, compiled unless this very text of it was before."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    build = cache / "attn_ext"
+    path = build / f"peak-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
     if not path.exists():
-        BUILD.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            compiler = shlex.split(os.environ.get("CXX", "g++"))
+        build.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=build) as folder:
+            compiler = _compiler()
             flags = ["-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wall", "-Wextra"]
             made = pathlib.Path(folder) / path.name
             subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(made)], check=True)
