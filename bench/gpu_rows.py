@@ -25,7 +25,7 @@ import attn_ext
 from attn_ext import dispatch
 from attn_ext.problem import Problem
 from bench.cpu_rows import flops
-from bench.measure import alternate
+from attn_ext.benchmark.measure import alternate
 
 Shape = tuple[int, int, int, int]
 
