@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import interpreted  # first: kernels are defined as interpreted ones when triton is imported
+
+# isort: split
 import emulated
 import pytest
 import torch
@@ -21,6 +24,7 @@ BACKEND_IDS = [
     *(f"cpu-{name}" for name in CPU_CAPABILITIES),
     NEWEST,
     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
+    "triton",
     "reference",
 ]
 
@@ -56,7 +60,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     try:
         return (yield)
     except NotImplementedError as error:
-        if re.match(emulated.REFUSALS, str(error)):
+        if re.match(f"{emulated.REFUSALS}|{interpreted.REFUSALS}", str(error)):
             pytest.skip(str(error))
         raise
 

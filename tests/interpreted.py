@@ -1,0 +1,102 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors: what lets tests run them.
+
+Importing this module before anything imports triton makes every kernel of this process an
+interpreted one. It repairs what the interpreter of triton 3.9 gets wrong: a product of bfloat16
+multiplies their bits, and rounding to bfloat16 truncates. It also makes it twice as fast, and
+multiplies float32 as tensor cores do, so that the contract suite judges input_precision too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and then each kernel, is defined
+try:
+    import triton.experimental.gluon  # noqa: F401 - the launcher asks for it, and it for the variable
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    import attn_ext.triton_kernels.launch  # noqa: F401
+finally:
+    del os.environ["TRITON_INTERPRET"]
+
+# Problems that these kernels leave to other backends; any other refusal is a failure.
+REFUSALS = (
+    r"backend 'triton' can't run this: (query is float64|query has a head_dim of (384|512); )"
+)
+
+
+def _widened(handle: interpreter.TensorHandle) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """Rounded to the 10 bits of TF32, ties away from zero, as cvt.rna.tf32.f32 does."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def _product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
+    if precision == "TF32":
+        return np.matmul(_tf32(a), _tf32(b))
+    if precision == "TF32x3":
+        big_a, big_b = _tf32(a), _tf32(b)
+        with np.errstate(invalid="ignore"):
+            small_a, small_b = _tf32(a - big_a), _tf32(b - big_b)
+        small_a, small_b = (np.where(np.isfinite(x), x, 0) for x in (small_a, small_b))
+        return np.matmul(big_a, big_b) + (np.matmul(big_a, small_b) + np.matmul(small_a, big_b))
+    return np.matmul(a, b)
+
+
+class _Builder(interpreter.InterpreterBuilder):
+    """The repaired operations."""
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # noqa: ANN001, ANN201
+        product = _product(_widened(a), _widened(b), str(input_precision).rpartition(".")[2])
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def cast_impl(self, src, dst_type):  # noqa: ANN001, ANN201
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return interpreter.TensorHandle(_widened(src), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat16(src.data), target)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):  # noqa: ANN001, ANN201
+        return self.cast_impl(src, dst_type)
+
+
+@functools.cache
+def _patch_language_of(module: str, function: Callable[..., object]) -> None:
+    """What Triton's own device functions call; it stays patched."""
+    if module.startswith("triton."):
+        interpreter._patch_lang(function)
+
+
+def _call(function: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+    """A device function's call. The kernel that it is in has patched triton.language already."""
+    _patch_language_of(function.fn.__module__, function.fn)
+    return function.rewrite()(*args, **kwargs)
+
+
+interpreter.interpreter_builder.__class__ = _Builder
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
+interpreter.InterpretedFunction.__call__ = _call

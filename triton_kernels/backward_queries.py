@@ -1,0 +1,162 @@
+"""Backward pass, dQ = scale dS K (Dao, arXiv:2307.08691, algorithm 2, the row's half of it: nothing
+is atomic, so the result does not depend on timing).
+
+    S = Q K^T;  dP = dO V^T;  dS = exp2(S - lse) (dP - term);  dQ += dS K
+
+Grid: a program for BLOCK_M query rows of one head, as in `forward`, whose plan this follows. It
+reads queries, output gradients, LSE and terms once, and the keys and values that its rows see,
+BLOCK_N at a time; it writes dQ. With a gradient of the weights instead of one of the output
+(dweights), dP is read, the term is 0 and minus the sum of each row of dS is written as dlse.
+Tested against attn_ext/backends/reference.py and by gradcheck, interpreted, in
+tests/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
+from attn_ext.triton_kernels.scores import (
+    edge_tile,
+    is_finite,
+    keys_of_rows,
+    load_tile,
+    start_of,
+    store_tile,
+)
+
+
+@triton.jit
+def add_tile(
+    dq, sums, q, do, keys, values, l_i, term, dweights, share, tile, problem, shape, EDGE: tl.constexpr
+):
+    """Adds what one tile of keys contributes."""
+    offs_n = tl.arange(0, shape.BLOCK_N)
+    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
+    k = load_tile(keys, tile.start_n, offs_n[:, None], offs_d[None, :], EDGE)
+    product = tl.dot(q, tl.trans(k), input_precision=shape.PRECISION)
+    SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
+    dp = product
+    if dweights is None:
+        v = load_tile(values, tile.start_n, offs_n[None, :], offs_dv[:, None], EDGE)
+        start = tl.zeros_like(product)
+        if SUBTRACTED:
+            start -= term
+        dp = tl.dot(do, v, start, input_precision=shape.PRECISION)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N)
+    _, ds, dproduct = gradients_of(
+        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED
+    )
+    if dweights is not None:
+        sums += tl.sum(ds, 1)
+    dq = tl.dot(dproduct.to(k.dtype), k, dq, input_precision=shape.PRECISION)
+    return dq, sums
+
+
+@triton.jit
+def sum_key_by_key(
+    q, do, keys, values, l_i, term, dweights, share, first, stop, tile, problem, shape
+):
+    """A block's dQ once more, no hidden key being touched."""
+    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
+    one = tl.arange(0, 1)
+    q, do = q.to(tl.float32), do.to(tl.float32)
+    dq = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
+    for key in range(first, stop):
+        here = Tile(tile.batch, tile.head, tile.start_m, key, tile.rows, one[None, :])
+        k = load_tile(keys, key, one[:, None], offs_d[None, :], False).to(tl.float32)
+        product = tl.sum(q * k, 1)[:, None]
+        dp = product
+        if dweights is None:
+            v = load_tile(values, key, one[:, None], offs_dv[None, :], False).to(tl.float32)
+            dp = tl.sum(do * v, 1)[:, None]
+        keep = keep_of(here, problem, shape.BLOCK_M, 1)
+        weights, _, dproduct = gradients_of(
+            product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
+        )
+        dq = tl.where((dproduct != 0) | (weights != 0), dq + dproduct * k, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
+def backward_queries(
+    q,
+    k,
+    v,
+    dout,  # or None with dweights
+    lse,
+    terms,  # or None with dweights
+    dq,
+    dweights,  # or None
+    share,
+    dlse,  # with dweights: written
+    scoring,
+    reach,
+    dropout,  # or None
+    sizes,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    UNIT: tl.constexpr,
+    FOLD: tl.constexpr,
+    HIDES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    problem = Problem(scoring, reach, dropout, sizes)
+    shape = Shape(
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
+    )  # fmt: skip
+    length = sizes.query_length
+    blocks = tl.cdiv(length, BLOCK_M)
+    index = tl.program_id(0)
+    start_m = (blocks - 1 - index % blocks) * BLOCK_M
+    head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
+    key_head = head // sizes.group
+    queries = Head(start_of(q, batch, head), q.stride_l, length, HEAD_DIM)
+    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length, HEAD_DIM)
+    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length, VALUE_DIM)
+    rows, offs_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    offs_d, offs_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_tile = load_tile(queries, start_m, rows, offs_d, True)
+    do_tile = q_tile
+    if dweights is None:
+        gradients = Head(start_of(dout, batch, head), dout.stride_l, length, VALUE_DIM)
+        do_tile = load_tile(gradients, start_m, rows, offs_dv, True)
+    tile = Tile(batch, head, start_m, 0, rows, offs_n)
+    l_i, term = load_row_values(lse, terms, tile, rows, problem, shape, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+
+    first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
+    for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
+        start_n = edge_tile(i, first, full_first, full_stop) * BLOCK_N
+        tile = Tile(batch, head, start_m, start_n, rows, offs_n)
+        acc, sums = add_tile(
+            acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
+            tile, problem, shape, True,
+        )  # fmt: skip
+    for start_n in tl.range(full_first * BLOCK_N, full_stop * BLOCK_N, BLOCK_N):
+        tile = Tile(batch, head, start_m, start_n, rows, offs_n)
+        acc, sums = add_tile(
+            acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
+            tile, problem, shape, False,
+        )  # fmt: skip
+
+    if HIDES:
+        if not is_finite(acc):
+            end = tl.minimum(stop * BLOCK_N, sizes.key_length)
+            acc = sum_key_by_key(
+                q_tile, do_tile, keys, values, l_i, term, dweights, share, first * BLOCK_N, end,
+                tile, problem, shape,
+            )  # fmt: skip
+    outputs = Head(start_of(dq, batch, head), dq.stride_l, length, HEAD_DIM)
+    store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale)
+    if dweights is not None:
+        offs_m = tl.arange(0, BLOCK_M)
+        pointers = start_of(dlse, batch, head) + (start_m + offs_m).to(tl.int64) * dlse.stride_l
+        tl.store(pointers, -sums, mask=offs_m < length - start_m)
