@@ -17,11 +17,10 @@ import numpy as np
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and then each kernel, is defined
 try:
+    import attn_ext.triton_kernels.launch  # noqa: F401
     import triton.experimental.gluon  # noqa: F401 - the launcher asks for it, and it for the variable
     import triton.language as tl
     from triton.runtime import interpreter
-
-    import attn_ext.triton_kernels.launch  # noqa: F401
 finally:
     del os.environ["TRITON_INTERPRET"]
 
@@ -66,11 +65,11 @@ def _product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
 class _Builder(interpreter.InterpreterBuilder):
     """The repaired operations."""
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # noqa: ANN001, ANN201
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         product = _product(_widened(a), _widened(b), str(input_precision).rpartition(".")[2])
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
-    def cast_impl(self, src, dst_type):  # noqa: ANN001, ANN201
+    def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
         if source == tl.bfloat16 and target == tl.float32:
             return interpreter.TensorHandle(_widened(src), target)
@@ -78,7 +77,7 @@ class _Builder(interpreter.InterpreterBuilder):
             return interpreter.TensorHandle(_to_bfloat16(src.data), target)
         return super().cast_impl(src, dst_type)
 
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):  # noqa: ANN001, ANN201
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
         return self.cast_impl(src, dst_type)
 
 

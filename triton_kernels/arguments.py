@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Row i may see the keys from i + low to i + high; None: there is no limit that hides a pair."""
+    """Row i may see the keys from i + low to i + high; None: no limit hides a pair."""
 
     low: Any
     high: Any
@@ -71,7 +71,6 @@ class Dropout(NamedTuple):
     offset: Any
     q_start: Any
     k_start: Any
-    IN_FOURS: Any  # constexpr: whether k_start is a multiple of 4
 
 
 class Problem(NamedTuple):
@@ -88,7 +87,7 @@ class Shape(NamedTuple):
 
     UNIT: what a natural score is multiplied with, see `scores`. FOLD: whether a score is a product
     times a positive factor, or hidden. HIDES: whether a key that exists can be hidden from a row.
-    PRECISION: tl.dot's input_precision.
+    IN_FOURS: whether k_start is a multiple of 4. PRECISION: tl.dot's input_precision.
     """
 
     HEAD_DIM: Any
@@ -100,6 +99,7 @@ class Shape(NamedTuple):
     UNIT: Any
     FOLD: Any
     HIDES: Any
+    IN_FOURS: Any
     PRECISION: Any
 
 
@@ -109,7 +109,6 @@ class Head(NamedTuple):
     base: Any
     stride: Any
     length: Any
-    WIDTH: Any
 
 
 class Tile(NamedTuple):

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.arguments import Head, Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     edge_tile,
@@ -29,24 +28,26 @@ from attn_ext.triton_kernels.scores import (
 
 @triton.jit
 def add_tile(
-    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, tile, problem, shape,
+    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, tile, problem, shape: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what one tile of rows contributes."""
     offs_m = tl.arange(0, shape.BLOCK_M)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     l_i, term = load_row_values(lse, terms, tile, offs_m[None, :], problem, shape, EDGE)
-    q = load_tile(queries, tile.start_m, offs_m[:, None], offs_d[None, :], EDGE)
+    q = load_tile(queries, tile.start_m, offs_m[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE)
     product = tl.dot(k, tl.trans(q), input_precision=shape.PRECISION)
     SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
     dp, do = product, q
     if dweights is None:
-        do = load_tile(gradients, tile.start_m, offs_m[:, None], offs_dv[None, :], EDGE)
+        do = load_tile(
+            gradients, tile.start_m, offs_m[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE
+        )
         start = tl.zeros_like(product)
         if SUBTRACTED:
             start -= term
         dp = tl.dot(v, tl.trans(do), start, input_precision=shape.PRECISION)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
     if keep is not None:
         keep = tl.trans(keep)
     weights, _, dproduct = gradients_of(
@@ -60,7 +61,21 @@ def add_tile(
 
 @triton.jit
 def sum_row_by_row(
-    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, first, stop, tile, problem, shape
+    dk,
+    dv,
+    k,
+    v,
+    queries,
+    gradients,
+    lse,
+    terms,
+    dweights,
+    share,
+    first,
+    stop,
+    tile,
+    problem,
+    shape: tl.constexpr,
 ):
     """Adds the rows of one head, no row being touched where it does not see a key."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
@@ -69,13 +84,17 @@ def sum_row_by_row(
     for row in range(first, stop):
         here = Tile(tile.batch, tile.head, row, tile.start_n, one[None, :], tile.columns)
         l_i, term = load_row_values(lse, terms, here, one[None, :], problem, shape, False)
-        q = load_tile(queries, row, one[:, None], offs_d[None, :], False).to(tl.float32)
+        q = load_tile(queries, row, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
+            tl.float32
+        )
         product = tl.sum(k * q, 1)[:, None]
         dp, do = product, q
         if dweights is None:
-            do = load_tile(gradients, row, one[:, None], offs_dv[None, :], False).to(tl.float32)
+            do = load_tile(
+                gradients, row, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False
+            ).to(tl.float32)
             dp = tl.sum(v * do, 1)[:, None]
-        keep = keep_of(here, problem, 1, shape.BLOCK_N)
+        keep = keep_of(here, problem, 1, shape.BLOCK_N, shape.IN_FOURS)
         if keep is not None:
             keep = tl.trans(keep)
         weights, _, dproduct = gradients_of(
@@ -104,73 +123,63 @@ def backward_keys(
     reach,
     dropout,  # or None
     sizes,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr,
-    FOLD: tl.constexpr,
-    HIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
 ):
     problem = Problem(scoring, reach, dropout, sizes)
-    shape = Shape(
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
-    )  # fmt: skip
     length = sizes.query_length
-    blocks = tl.cdiv(sizes.key_length, BLOCK_N)
+    blocks = tl.cdiv(sizes.key_length, shape.BLOCK_N)
     index = tl.program_id(0)
-    start_n = index % blocks * BLOCK_N
+    start_n = index % blocks * shape.BLOCK_N
     key_heads = sizes.query_heads // sizes.group
     key_head, batch = index // blocks % key_heads, index // blocks // key_heads
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length, HEAD_DIM)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length, VALUE_DIM)
-    columns, offs_m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
-    offs_d, offs_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    k_tile = load_tile(keys, start_n, columns, offs_d, True)
-    v_tile = load_tile(values, start_n, columns, offs_dv, True)
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
+    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    columns, offs_m = tl.arange(0, shape.BLOCK_N)[:, None], tl.arange(0, shape.BLOCK_M)[None, :]
+    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
+    k_tile = load_tile(keys, start_n, columns, offs_d, shape.HEAD_DIM, True)
+    v_tile = load_tile(values, start_n, columns, offs_dv, shape.VALUE_DIM, True)
+    acc_k = tl.zeros((shape.BLOCK_N, shape.BLOCK_D), tl.float32)
+    acc_v = tl.zeros((shape.BLOCK_N, shape.BLOCK_DV), tl.float32)
 
     first, stop, full_first, full_stop = rows_of_keys(start_n, problem, shape)
     for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
-        queries = Head(start_of(q, batch, head), q.stride_l, length, HEAD_DIM)
+        queries = Head(start_of(q, batch, head), q.stride_l, length)
         gradients = queries
         if dweights is None:
-            gradients = Head(start_of(dout, batch, head), dout.stride_l, length, VALUE_DIM)
+            gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
         for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
-            start_m = edge_tile(i, first, full_first, full_stop) * BLOCK_M
+            start_m = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_M
             tile = Tile(batch, head, start_m, start_n, offs_m, columns)
             acc_k, acc_v = add_tile(
                 acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
                 tile, problem, shape, True,
             )  # fmt: skip
-        for start_m in tl.range(full_first * BLOCK_M, full_stop * BLOCK_M, BLOCK_M):
+        for start_m in tl.range(
+            full_first * shape.BLOCK_M, full_stop * shape.BLOCK_M, shape.BLOCK_M
+        ):
             tile = Tile(batch, head, start_m, start_n, offs_m, columns)
             acc_k, acc_v = add_tile(
                 acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
                 tile, problem, shape, False,
             )  # fmt: skip
 
-    if HIDES:
+    if shape.HIDES:
         exists = columns < sizes.key_length - start_n
         if not (is_finite(tl.where(exists, acc_k, 0.0)) & is_finite(tl.where(exists, acc_v, 0.0))):
             acc_k, acc_v = tl.zeros_like(acc_k), tl.zeros_like(acc_v)
             for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
-                queries = Head(start_of(q, batch, head), q.stride_l, length, HEAD_DIM)
+                queries = Head(start_of(q, batch, head), q.stride_l, length)
                 gradients = queries
                 if dweights is None:
-                    gradients = Head(start_of(dout, batch, head), dout.stride_l, length, VALUE_DIM)
-                end = tl.minimum(stop * BLOCK_M, length)
+                    gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+                end = tl.minimum(stop * shape.BLOCK_M, length)
                 tile = Tile(batch, head, 0, start_n, offs_m, columns)
                 acc_k, acc_v = sum_row_by_row(
                     acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
-                    first * BLOCK_M, end, tile, problem, shape,
+                    first * shape.BLOCK_M, end, tile, problem, shape,
                 )  # fmt: skip
-    outputs = Head(start_of(dk, batch, key_head), dk.stride_l, sizes.key_length, HEAD_DIM)
-    store_tile(outputs, start_n, columns, offs_d, acc_k * scoring.scale)
+    outputs = Head(start_of(dk, batch, key_head), dk.stride_l, sizes.key_length)
+    store_tile(outputs, start_n, columns, offs_d, acc_k * scoring.scale, shape.HEAD_DIM)
     if dweights is None:
-        outputs = Head(start_of(dv, batch, key_head), dv.stride_l, sizes.key_length, VALUE_DIM)
-        store_tile(outputs, start_n, columns, offs_dv, acc_v)
+        outputs = Head(start_of(dv, batch, key_head), dv.stride_l, sizes.key_length)
+        store_tile(outputs, start_n, columns, offs_dv, acc_v, shape.VALUE_DIM)

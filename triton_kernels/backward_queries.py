@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.arguments import Head, Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     edge_tile,
@@ -30,22 +29,37 @@ from attn_ext.triton_kernels.scores import (
 
 @triton.jit
 def add_tile(
-    dq, sums, q, do, keys, values, l_i, term, dweights, share, tile, problem, shape, EDGE: tl.constexpr
+    dq,
+    sums,
+    q,
+    do,
+    keys,
+    values,
+    l_i,
+    term,
+    dweights,
+    share,
+    tile,
+    problem,
+    shape: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """Adds what one tile of keys contributes."""
     offs_n = tl.arange(0, shape.BLOCK_N)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    k = load_tile(keys, tile.start_n, offs_n[:, None], offs_d[None, :], EDGE)
+    k = load_tile(keys, tile.start_n, offs_n[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE)
     product = tl.dot(q, tl.trans(k), input_precision=shape.PRECISION)
     SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
     dp = product
     if dweights is None:
-        v = load_tile(values, tile.start_n, offs_n[None, :], offs_dv[:, None], EDGE)
+        v = load_tile(
+            values, tile.start_n, offs_n[None, :], offs_dv[:, None], shape.VALUE_DIM, EDGE
+        )
         start = tl.zeros_like(product)
         if SUBTRACTED:
             start -= term
         dp = tl.dot(do, v, start, input_precision=shape.PRECISION)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
     _, ds, dproduct = gradients_of(
         product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED
     )
@@ -57,7 +71,7 @@ def add_tile(
 
 @triton.jit
 def sum_key_by_key(
-    q, do, keys, values, l_i, term, dweights, share, first, stop, tile, problem, shape
+    q, do, keys, values, l_i, term, dweights, share, first, stop, tile, problem, shape: tl.constexpr
 ):
     """A block's dQ once more, no hidden key being touched."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
@@ -66,13 +80,17 @@ def sum_key_by_key(
     dq = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
     for key in range(first, stop):
         here = Tile(tile.batch, tile.head, tile.start_m, key, tile.rows, one[None, :])
-        k = load_tile(keys, key, one[:, None], offs_d[None, :], False).to(tl.float32)
+        k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
+            tl.float32
+        )
         product = tl.sum(q * k, 1)[:, None]
         dp = product
         if dweights is None:
-            v = load_tile(values, key, one[:, None], offs_dv[None, :], False).to(tl.float32)
+            v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False).to(
+                tl.float32
+            )
             dp = tl.sum(do * v, 1)[:, None]
-        keep = keep_of(here, problem, shape.BLOCK_M, 1)
+        keep = keep_of(here, problem, shape.BLOCK_M, 1, shape.IN_FOURS)
         weights, _, dproduct = gradients_of(
             product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
         )
@@ -96,67 +114,55 @@ def backward_queries(
     reach,
     dropout,  # or None
     sizes,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr,
-    FOLD: tl.constexpr,
-    HIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
 ):
     problem = Problem(scoring, reach, dropout, sizes)
-    shape = Shape(
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
-    )  # fmt: skip
     length = sizes.query_length
-    blocks = tl.cdiv(length, BLOCK_M)
+    blocks = tl.cdiv(length, shape.BLOCK_M)
     index = tl.program_id(0)
-    start_m = (blocks - 1 - index % blocks) * BLOCK_M
+    start_m = (blocks - 1 - index % blocks) * shape.BLOCK_M
     head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
     key_head = head // sizes.group
-    queries = Head(start_of(q, batch, head), q.stride_l, length, HEAD_DIM)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length, HEAD_DIM)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length, VALUE_DIM)
-    rows, offs_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    offs_d, offs_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_tile = load_tile(queries, start_m, rows, offs_d, True)
+    queries = Head(start_of(q, batch, head), q.stride_l, length)
+    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
+    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    rows, offs_n = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
+    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
+    q_tile = load_tile(queries, start_m, rows, offs_d, shape.HEAD_DIM, True)
     do_tile = q_tile
     if dweights is None:
-        gradients = Head(start_of(dout, batch, head), dout.stride_l, length, VALUE_DIM)
-        do_tile = load_tile(gradients, start_m, rows, offs_dv, True)
+        gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+        do_tile = load_tile(gradients, start_m, rows, offs_dv, shape.VALUE_DIM, True)
     tile = Tile(batch, head, start_m, 0, rows, offs_n)
     l_i, term = load_row_values(lse, terms, tile, rows, problem, shape, True)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    sums = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
+    sums = tl.zeros((shape.BLOCK_M,), tl.float32)
 
     first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
     for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
-        start_n = edge_tile(i, first, full_first, full_stop) * BLOCK_N
+        start_n = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_N
         tile = Tile(batch, head, start_m, start_n, rows, offs_n)
         acc, sums = add_tile(
             acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
             tile, problem, shape, True,
         )  # fmt: skip
-    for start_n in tl.range(full_first * BLOCK_N, full_stop * BLOCK_N, BLOCK_N):
+    for start_n in tl.range(full_first * shape.BLOCK_N, full_stop * shape.BLOCK_N, shape.BLOCK_N):
         tile = Tile(batch, head, start_m, start_n, rows, offs_n)
         acc, sums = add_tile(
             acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
             tile, problem, shape, False,
         )  # fmt: skip
 
-    if HIDES:
+    if shape.HIDES:
         if not is_finite(acc):
-            end = tl.minimum(stop * BLOCK_N, sizes.key_length)
+            end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
             acc = sum_key_by_key(
-                q_tile, do_tile, keys, values, l_i, term, dweights, share, first * BLOCK_N, end,
+                q_tile, do_tile, keys, values, l_i, term, dweights, share, first * shape.BLOCK_N, end,
                 tile, problem, shape,
             )  # fmt: skip
-    outputs = Head(start_of(dq, batch, head), dq.stride_l, length, HEAD_DIM)
-    store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale)
+    outputs = Head(start_of(dq, batch, head), dq.stride_l, length)
+    store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale, shape.HEAD_DIM)
     if dweights is not None:
-        offs_m = tl.arange(0, BLOCK_M)
+        offs_m = tl.arange(0, shape.BLOCK_M)
         pointers = start_of(dlse, batch, head) + (start_m + offs_m).to(tl.int64) * dlse.stride_l
         tl.store(pointers, -sums, mask=offs_m < length - start_m)

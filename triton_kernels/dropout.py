@@ -48,22 +48,23 @@ def words_of(problem, tile, rows, fours):
 
 
 @triton.jit
-def keep_mask(problem, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_mask(problem, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_FOURS: tl.constexpr):
     """Which weights of a tile (M, N) are kept. One call of the generator serves four of them,
     unless k_start is no multiple of 4."""
     dropout = problem.dropout
     rows = tl.arange(0, BLOCK_M)[:, None]
     first = as_word(tile.start_n) + as_word(dropout.k_start)
     threshold = as_word(dropout.threshold)
-    if dropout.IN_FOURS and BLOCK_N % 4 == 0:
+    if IN_FOURS and BLOCK_N % 4 == 0:
         fours = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :].to(tl.uint32)
         w0, w1, w2, w3 = words_of(problem, tile, rows, fours)
         even = tl.join(w0 >= threshold, w2 >= threshold)
         odd = tl.join(w1 >= threshold, w3 >= threshold)
         return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N))
-    column = first + tl.arange(0, BLOCK_N)[None, :].to(tl.uint32)
-    w0, w1, w2, w3 = words_of(problem, tile, rows, column // 4)
-    choice = column % 4
-    low = tl.where(choice == 0, w0, w1)
-    high = tl.where(choice == 2, w2, w3)
-    return tl.where(choice < 2, low, high) >= threshold
+    else:
+        column = first + tl.arange(0, BLOCK_N)[None, :].to(tl.uint32)
+        w0, w1, w2, w3 = words_of(problem, tile, rows, column // 4)
+        choice = column % 4
+        low = tl.where(choice == 0, w0, w1)
+        high = tl.where(choice == 2, w2, w3)
+        return tl.where(choice < 2, low, high) >= threshold

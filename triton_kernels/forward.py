@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.arguments import Head, Problem, Tile
 from attn_ext.triton_kernels.dropout import keep_mask
 from attn_ext.triton_kernels.scores import (
     INFINITY,
@@ -35,11 +34,11 @@ from attn_ext.triton_kernels.scores import (
 
 
 @triton.jit
-def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape, EDGE: tl.constexpr):
+def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
     """The online softmax over one tile of keys."""
     offs_n = tl.arange(0, shape.BLOCK_N)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    k = load_tile(keys, tile.start_n, offs_n[None, :], offs_d[:, None], EDGE)
+    k = load_tile(keys, tile.start_n, offs_n[None, :], offs_d[:, None], shape.HEAD_DIM, EDGE)
     product = tl.dot(q, k, input_precision=shape.PRECISION)
     s, _ = scores_of(product, tile, problem, shape, EDGE)
     factor = factor_of(problem, shape)
@@ -50,14 +49,14 @@ def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape, EDGE: tl.conste
     rescale = exp_of(m_i - shift, shape.UNIT)
     l_i = l_i * rescale + tl.sum(p, 1)
     if problem.dropout is not None:
-        p = tl.where(keep_mask(problem, tile, shape.BLOCK_M, shape.BLOCK_N), p, 0.0)
-    v = load_tile(values, tile.start_n, offs_n[:, None], offs_dv[None, :], EDGE)
+        p = tl.where(keep_mask(problem, tile, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS), p, 0.0)
+    v = load_tile(values, tile.start_n, offs_n[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=shape.PRECISION)
     return acc, l_i, m_new
 
 
 @triton.jit
-def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape):
+def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape: tl.constexpr):
     """The sum of a block's weighted values, no hidden value being touched; m_i is known."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     one = tl.arange(0, 1)
@@ -67,12 +66,16 @@ def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape):
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
     for key in range(first, stop):
         here = Tile(tile.batch, tile.head, tile.start_m, key, tile.rows, one[None, :])
-        k = load_tile(keys, key, one[:, None], offs_d[None, :], False).to(tl.float32)
+        k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
+            tl.float32
+        )
         s, _ = scores_of(tl.sum(q * k, 1)[:, None], here, problem, shape, True)
         weight = exp_of(s * factor - shift, shape.UNIT)
         if problem.dropout is not None:
-            weight = tl.where(keep_mask(problem, here, shape.BLOCK_M, 1), weight, 0.0)
-        v = load_tile(values, key, one[:, None], offs_dv[None, :], False).to(tl.float32)
+            weight = tl.where(keep_mask(problem, here, shape.BLOCK_M, 1, False), weight, 0.0)
+        v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False).to(
+            tl.float32
+        )
         acc = tl.where(s != -INFINITY, acc + weight * v, acc)
     return acc
 
@@ -89,63 +92,60 @@ def forward(
     reach,
     dropout,  # or None
     sizes,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr,
-    FOLD: tl.constexpr,
-    HIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
 ):
     problem = Problem(scoring, reach, dropout, sizes)
-    shape = Shape(
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
-    )  # fmt: skip
-    blocks = tl.cdiv(sizes.query_length, BLOCK_M)
+    blocks = tl.cdiv(sizes.query_length, shape.BLOCK_M)
     index = tl.program_id(0)
-    start_m = (blocks - 1 - index % blocks) * BLOCK_M
+    start_m = (blocks - 1 - index % blocks) * shape.BLOCK_M
     head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
     key_head = head // sizes.group
-    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length, HEAD_DIM)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length, HEAD_DIM)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length, VALUE_DIM)
-    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
+    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
+    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
+    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    offs_m, offs_n = tl.arange(0, shape.BLOCK_M), tl.arange(0, shape.BLOCK_N)[None, :]
     rows = offs_m[:, None]
-    q_tile = load_tile(queries, start_m, rows, tl.arange(0, BLOCK_D)[None, :], True)
+    q_tile = load_tile(
+        queries, start_m, rows, tl.arange(0, shape.BLOCK_D)[None, :], shape.HEAD_DIM, True
+    )
 
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    m_i = tl.full((BLOCK_M,), -INFINITY, tl.float32)
+    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
+    l_i = tl.zeros((shape.BLOCK_M,), tl.float32)
+    m_i = tl.full((shape.BLOCK_M,), -INFINITY, tl.float32)
     if sinks_ptr is not None:
-        m_i = tl.zeros_like(m_i) + tl.load(sinks_ptr + head) * UNIT
+        m_i = tl.zeros_like(m_i) + tl.load(sinks_ptr + head) * shape.UNIT
         l_i = tl.where(m_i == -INFINITY, 0.0, 1.0)
 
     first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
     for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
-        start_n = edge_tile(i, first, full_first, full_stop) * BLOCK_N
+        start_n = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_N
         tile = Tile(batch, head, start_m, start_n, rows, offs_n)
         acc, l_i, m_i = attend(acc, l_i, m_i, q_tile, keys, values, tile, problem, shape, True)
-    for start_n in tl.range(full_first * BLOCK_N, full_stop * BLOCK_N, BLOCK_N):
+    for start_n in tl.range(full_first * shape.BLOCK_N, full_stop * shape.BLOCK_N, shape.BLOCK_N):
         tile = Tile(batch, head, start_m, start_n, rows, offs_n)
         acc, l_i, m_i = attend(acc, l_i, m_i, q_tile, keys, values, tile, problem, shape, False)
 
-    if HIDES:
+    if shape.HIDES:
         if not is_finite(acc):
             tile = Tile(batch, head, start_m, 0, rows, offs_n)
-            end = tl.minimum(stop * BLOCK_N, sizes.key_length)
+            end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
             acc = attend_key_by_key(
-                q_tile, m_i, keys, values, first * BLOCK_N, end, tile, problem, shape
+                q_tile, m_i, keys, values, first * shape.BLOCK_N, end, tile, problem, shape
             )
     scale = 1 / tl.where(l_i == 0, 1.0, l_i)
     if dropout is not None:
         scale *= dropout.factor
-    outputs = Head(start_of(out, batch, head), out.stride_l, sizes.query_length, VALUE_DIM)
-    store_tile(outputs, start_m, rows, tl.arange(0, BLOCK_DV)[None, :], acc * scale[:, None])
+    outputs = Head(start_of(out, batch, head), out.stride_l, sizes.query_length)
+    store_tile(
+        outputs,
+        start_m,
+        rows,
+        tl.arange(0, shape.BLOCK_DV)[None, :],
+        acc * scale[:, None],
+        shape.VALUE_DIM,
+    )
     if lse is not None:
-        natural = m_i * (1 if UNIT == 1 else LN2) + tl.log(l_i)
+        natural = m_i * (1 if shape.UNIT == 1 else LN2) + tl.log(l_i)
         # Nothing seen, or a weight that is infinitely larger than the others.
         natural = tl.where((l_i == 0) | (m_i == INFINITY), m_i, natural)
         pointers = start_of(lse, batch, head) + (start_m + offs_m).to(tl.int64) * lse.stride_l

@@ -1,13 +1,12 @@
 """What the backward kernels share: weights from products and LSE, and the gradients of scores.
 
-    P = exp2(S - lse),  dS = P (keep * dP - term),  term = sum(dO * O) - dlse, a value a row
+P = exp2(S - lse),  dS = P (keep * dP - term),  term = sum(dO * O) - dlse, a value a row
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from attn_ext.triton_kernels.dropout import keep_mask
 from attn_ext.triton_kernels.scores import (
     INFINITY,
@@ -20,7 +19,7 @@ from attn_ext.triton_kernels.scores import (
 
 
 @triton.jit
-def load_row_values(lse, terms, tile, rows, problem, shape, EDGE: tl.constexpr):
+def load_row_values(lse, terms, tile, rows, problem, shape: tl.constexpr, EDGE: tl.constexpr):
     """LSE in score units and the row terms (0 if there are none) of some rows.
 
     LSE is +inf, which makes weights of 0, for rows that see nothing and, with EDGE, for those that
@@ -31,7 +30,8 @@ def load_row_values(lse, terms, tile, rows, problem, shape, EDGE: tl.constexpr):
     l_i = tl.where(l_i == -INFINITY, INFINITY, l_i)
     if terms is None:
         return l_i, tl.zeros_like(l_i)
-    return l_i, load_values(terms, tile, rows, length, 0.0, EDGE)
+    else:
+        return l_i, load_values(terms, tile, rows, length, 0.0, EDGE)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def gradients_of(
     share,
     tile,
     problem,
-    shape,
+    shape: tl.constexpr,
     keep,
     EDGE: tl.constexpr,
     SUBTRACTED: tl.constexpr,
@@ -76,12 +76,14 @@ def gradients_of(
         ds = tl.where(visible, ds, 0.0)
     if problem.scoring.softcap is not None:
         return weights, ds, ds * (1 - t * t)
-    return weights, ds, ds
+    else:
+        return weights, ds, ds
 
 
 @triton.jit
-def keep_of(tile, problem, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_of(tile, problem, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_FOURS: tl.constexpr):
     """The tile's `keep_mask`, or None without dropout."""
     if problem.dropout is None:
         return None
-    return keep_mask(problem, tile, BLOCK_M, BLOCK_N)
+    else:
+        return keep_mask(problem, tile, BLOCK_M, BLOCK_N, IN_FOURS)

@@ -12,10 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
-
-from attn_ext.problem import UNLIMITED, Problem
 from attn_ext.triton_kernels.arguments import (
     Dropout,
     KeyMask,
@@ -23,6 +19,7 @@ from attn_ext.triton_kernels.arguments import (
     Reach,
     Rows,
     Scoring,
+    Shape,
     Sizes,
 )
 from attn_ext.triton_kernels.backward_keys import backward_keys
@@ -32,6 +29,9 @@ from attn_ext.triton_kernels.forward import forward as forward_kernel
 from attn_ext.triton_kernels.mask_gradient import mask_gradient
 from attn_ext.triton_kernels.row_terms import row_terms
 from attn_ext.triton_kernels.weights import weights as weights_kernel
+from torch import Tensor
+
+from attn_ext.problem import UNLIMITED, Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process interprets the kernels; it is settled when they are defined."""
@@ -299,16 +299,19 @@ def _settings(
         "reach": reach,
         "dropout": None if dropout is None else _dropout(problem, seed, dropout[0]),
         "sizes": _sizes(problem),
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_D": block_of(head_dim),
-        "BLOCK_DV": block_of(value_dim),
-        "UNIT": 1.0 if single else LOG2_E,
-        "FOLD": folds,
-        "HIDES": hides,
-        "PRECISION": precision(architecture) if single else None,
+        "shape": Shape(
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_D=block_of(head_dim),
+            BLOCK_DV=block_of(value_dim),
+            UNIT=1.0 if single else LOG2_E,
+            FOLD=folds,
+            HIDES=hides,
+            IN_FOURS=problem.k_start % 4 == 0,
+            PRECISION=precision(architecture) if single else None,
+        ),
     }
 
 
@@ -363,7 +366,6 @@ def _dropout(problem: Problem, seed: int | Tensor, threshold: int) -> Dropout:
         offset=as_word(problem.offset),
         q_start=as_word(problem.q_start),
         k_start=as_word(problem.k_start),
-        IN_FOURS=tl.constexpr(problem.k_start % 4 == 0),
     )
 
 

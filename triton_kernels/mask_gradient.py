@@ -10,35 +10,36 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.arguments import Head, Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import load_tile, start_of
 
 
 @triton.jit
-def score_gradients(q, k, v, dout, lse, terms, dweights, share, tile, problem, shape):
+def score_gradients(q, k, v, dout, lse, terms, dweights, share, tile, problem, shape: tl.constexpr):
     """dS of one tile."""
     sizes = problem.sizes
     batch, head = tile.batch, tile.head
     key_head = head // sizes.group
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length, shape.HEAD_DIM)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length, shape.HEAD_DIM)
-    q_tile = load_tile(queries, tile.start_m, tile.rows, offs_d[None, :], True)
-    k_tile = load_tile(keys, tile.start_n, tile.columns, offs_d[:, None], True)
+    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
+    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
+    q_tile = load_tile(queries, tile.start_m, tile.rows, offs_d[None, :], shape.HEAD_DIM, True)
+    k_tile = load_tile(keys, tile.start_n, tile.columns, offs_d[:, None], shape.HEAD_DIM, True)
     product = tl.dot(q_tile, k_tile, input_precision=shape.PRECISION)
     dp = product
     if dweights is None:
-        values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length, shape.VALUE_DIM)
-        gradients = Head(
-            start_of(dout, batch, head), dout.stride_l, sizes.query_length, shape.VALUE_DIM
+        values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+        gradients = Head(start_of(dout, batch, head), dout.stride_l, sizes.query_length)
+        do_tile = load_tile(
+            gradients, tile.start_m, tile.rows, offs_dv[None, :], shape.VALUE_DIM, True
         )
-        do_tile = load_tile(gradients, tile.start_m, tile.rows, offs_dv[None, :], True)
-        v_tile = load_tile(values, tile.start_n, tile.columns, offs_dv[:, None], True)
+        v_tile = load_tile(
+            values, tile.start_n, tile.columns, offs_dv[:, None], shape.VALUE_DIM, True
+        )
         dp = tl.dot(do_tile, v_tile, input_precision=shape.PRECISION)
     l_i, term = load_row_values(lse, terms, tile, tile.rows, problem, shape, True)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
     _, ds, _ = gradients_of(
         product, dp, l_i, term, dweights, share, tile, problem, shape, keep, True, False
     )
@@ -50,7 +51,8 @@ def span(BROADCASTS: tl.constexpr, block, size, STEP: tl.constexpr):
     """The part of one dimension that a program goes through."""
     if BROADCASTS:
         return 0, size
-    return block * STEP, tl.minimum(block * STEP + STEP, size)
+    else:
+        return block * STEP, tl.minimum(block * STEP + STEP, size)
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes", "batches"])
@@ -73,38 +75,26 @@ def mask_gradient(
     OVER_HEADS: tl.constexpr,
     OVER_ROWS: tl.constexpr,
     OVER_KEYS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr,
-    FOLD: tl.constexpr,
-    HIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
 ):
     problem = Problem(scoring, reach, dropout, sizes)
-    shape = Shape(
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
-    )  # fmt: skip
     index = tl.program_id(0)
-    key_blocks = 1 if OVER_KEYS else tl.cdiv(sizes.key_length, BLOCK_N)
-    row_blocks = 1 if OVER_ROWS else tl.cdiv(sizes.query_length, BLOCK_M)
+    key_blocks = 1 if OVER_KEYS else tl.cdiv(sizes.key_length, shape.BLOCK_N)
+    row_blocks = 1 if OVER_ROWS else tl.cdiv(sizes.query_length, shape.BLOCK_M)
     head_blocks = 1 if OVER_HEADS else sizes.query_heads
-    first_key, last_key = span(OVER_KEYS, index % key_blocks, sizes.key_length, BLOCK_N)
+    first_key, last_key = span(OVER_KEYS, index % key_blocks, sizes.key_length, shape.BLOCK_N)
     index = index // key_blocks
-    first_row, last_row = span(OVER_ROWS, index % row_blocks, sizes.query_length, BLOCK_M)
+    first_row, last_row = span(OVER_ROWS, index % row_blocks, sizes.query_length, shape.BLOCK_M)
     index = index // row_blocks
     first_head, last_head = span(OVER_HEADS, index % head_blocks, sizes.query_heads, 1)
     first_batch, last_batch = span(OVER_BATCHES, index // head_blocks, batches, 1)
-    rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    rows, columns = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for batch in range(first_batch, last_batch):
         for head in range(first_head, last_head):
-            for start_m in range(first_row, last_row, BLOCK_M):
-                for start_n in range(first_key, last_key, BLOCK_N):
+            for start_m in range(first_row, last_row, shape.BLOCK_M):
+                for start_n in range(first_key, last_key, shape.BLOCK_N):
                     tile = Tile(batch, head, start_m, start_n, rows, columns)
                     total += score_gradients(
                         q, k, v, dout, lse, terms, dweights, share, tile, problem, shape

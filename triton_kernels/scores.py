@@ -19,7 +19,8 @@ def exp_of(x, UNIT: tl.constexpr):
     """exp of a number in score units."""
     if UNIT == 1:
         return tl.exp(x)
-    return tl.exp2(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -43,31 +44,35 @@ def tanh_of(x, UNIT: tl.constexpr):
 @triton.jit
 def start_of(rows, batch, head):
     """Where one head starts."""
-    return rows.ptr + tl.cast(batch, tl.int64) * rows.stride_b + tl.cast(head, tl.int64) * rows.stride_h
+    return (
+        rows.ptr
+        + tl.cast(batch, tl.int64) * rows.stride_b
+        + tl.cast(head, tl.int64) * rows.stride_h
+    )
 
 
 @triton.jit
-def load_tile(head, start, rows, columns, EDGE: tl.constexpr):
-    """The rows of a head from `start` on; zeros beyond its width and, where EDGE looks for it,
+def load_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """The rows of a head from `start` on; zeros beyond WIDTH and, where EDGE looks for it,
     beyond its length. `rows` (L, 1) and `columns` (1, D), or transposed, count from the start."""
+    WHOLE: tl.constexpr = columns.shape[0] * columns.shape[1] == WIDTH
     pointers = head.base + tl.cast(start, tl.int64) * head.stride + (rows * head.stride + columns)
-    inside = columns < head.WIDTH
-    if EDGE:
-        if head.WIDTH == columns.numel:
-            inside = rows < head.length - start
-        else:
-            inside = inside & (rows < head.length - start)
+    if EDGE and WHOLE:
+        return tl.load(pointers, mask=rows < head.length - start, other=0.0)
+    elif EDGE:
+        inside = (rows < head.length - start) & (columns < WIDTH)
         return tl.load(pointers, mask=inside, other=0.0)
-    if head.WIDTH == columns.numel:
+    elif WHOLE:
         return tl.load(pointers)
-    return tl.load(pointers, mask=inside, other=0.0)
+    else:
+        return tl.load(pointers, mask=columns < WIDTH, other=0.0)
 
 
 @triton.jit
-def store_tile(head, start, rows, columns, x):
+def store_tile(head, start, rows, columns, x, WIDTH: tl.constexpr):
     """Writes what exists of a tile."""
     pointers = head.base + tl.cast(start, tl.int64) * head.stride + (rows * head.stride + columns)
-    inside = (rows < head.length - start) & (columns < head.WIDTH)
+    inside = (rows < head.length - start) & (columns < WIDTH)
     tl.store(pointers, x.to(head.base.dtype.element_ty), mask=inside)
 
 
@@ -78,14 +83,18 @@ def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.conste
     pointers = base + tl.cast(tile.start_m, tl.int64) * values.stride_l + rows * values.stride_l
     if EDGE:
         return tl.load(pointers, mask=rows < length - tile.start_m, other=other)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
 def load_pairs(pairs, tile, sizes):
     """A tile of a tensor of pairs; beyond the last row and key, the last one's entries."""
     base = start_of(pairs, tile.batch, tile.head)
-    base += tl.cast(tile.start_m, tl.int64) * pairs.stride_m + tl.cast(tile.start_n, tl.int64) * pairs.stride_n
+    base += (
+        tl.cast(tile.start_m, tl.int64) * pairs.stride_m
+        + tl.cast(tile.start_n, tl.int64) * pairs.stride_n
+    )
     rows = tl.minimum(tile.rows, sizes.query_length - 1 - tile.start_m)
     columns = tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
     return tl.load(base + (rows * pairs.stride_m + columns * pairs.stride_n))
@@ -105,8 +114,9 @@ def masked(s, entries, UNIT: tl.constexpr):
     """Scores under a mask: bool (True takes part) or floating (added, -inf forbids)."""
     if entries.dtype == tl.int1:
         return tl.where(entries, s, -INFINITY)
-    x = entries.to(tl.float32)
-    return tl.where(x == -INFINITY, x, s + x * UNIT)
+    else:
+        x = entries.to(tl.float32)
+        return tl.where(x == -INFINITY, x, s + x * UNIT)
 
 
 @triton.jit
@@ -123,7 +133,7 @@ def hide_by_position(s, tile, problem):
 
 
 @triton.jit
-def scores_of(product, tile, problem, shape, EDGE: tl.constexpr):
+def scores_of(product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
     """Scores of products, and the softcap's tanh (without softcap: anything).
 
     With shape.FOLD the factor scale * UNIT is left to whoever takes the exponential.
@@ -151,15 +161,16 @@ def scores_of(product, tile, problem, shape, EDGE: tl.constexpr):
 
 
 @triton.jit
-def factor_of(problem, shape):
+def factor_of(problem, shape: tl.constexpr):
     """What takes the results of `scores_of` to score units."""
     if shape.FOLD:
         return problem.scoring.scale * shape.UNIT
-    return 1.0
+    else:
+        return 1.0
 
 
 @triton.jit
-def keys_of_rows(start_m, problem, shape):
+def keys_of_rows(start_m, problem, shape: tl.constexpr):
     """The tiles of keys of a block of rows: (first, stop, full_first, full_stop), in tiles.
 
     Those in [first, stop) hold a key that some row sees, of these those in [full_first, full_stop)
@@ -183,7 +194,7 @@ def keys_of_rows(start_m, problem, shape):
 
 
 @triton.jit
-def rows_of_keys(start_n, problem, shape):
+def rows_of_keys(start_n, problem, shape: tl.constexpr):
     """The same for the tiles of rows that see a block of keys.
 
     A key or a row beyond the last makes an edge.

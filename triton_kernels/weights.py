@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from attn_ext.triton_kernels.arguments import Head, Problem, Shape, Tile
+from attn_ext.triton_kernels.arguments import Head, Problem, Tile
 from attn_ext.triton_kernels.gradients import keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     INFINITY,
@@ -34,48 +33,36 @@ def weights(
     dropout,  # or None
     sizes,
     AVERAGE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    UNIT: tl.constexpr,
-    FOLD: tl.constexpr,
-    HIDES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    shape: tl.constexpr,
 ):
     problem = Problem(scoring, reach, dropout, sizes)
-    shape = Shape(
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, UNIT, FOLD, HIDES, PRECISION
-    )  # fmt: skip
-    key_blocks = tl.cdiv(sizes.key_length, BLOCK_N)
-    row_blocks = tl.cdiv(sizes.query_length, BLOCK_M)
+    key_blocks = tl.cdiv(sizes.key_length, shape.BLOCK_N)
+    row_blocks = tl.cdiv(sizes.query_length, shape.BLOCK_M)
     index = tl.program_id(0)
-    start_n = index % key_blocks * BLOCK_N
-    start_m = index // key_blocks % row_blocks * BLOCK_M
+    start_n = index % key_blocks * shape.BLOCK_N
+    start_m = index // key_blocks % row_blocks * shape.BLOCK_M
     pair = index // key_blocks // row_blocks
     if AVERAGE:
         batch, first_head, count = pair, 0, sizes.query_heads
     else:
         batch, first_head, count = pair // sizes.query_heads, pair % sizes.query_heads, 1
-    rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    offs_d = tl.arange(0, BLOCK_D)
+    rows, columns = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
+    offs_d = tl.arange(0, shape.BLOCK_D)
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for head in range(first_head, first_head + count):
-        queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length, HEAD_DIM)
-        keys = Head(start_of(k, batch, head // sizes.group), k.stride_l, sizes.key_length, HEAD_DIM)
+        queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
+        keys = Head(start_of(k, batch, head // sizes.group), k.stride_l, sizes.key_length)
         tile = Tile(batch, head, start_m, start_n, rows, columns)
-        q_tile = load_tile(queries, start_m, rows, offs_d[None, :], True)
-        k_tile = load_tile(keys, start_n, columns, offs_d[:, None], True)
-        product = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        q_tile = load_tile(queries, start_m, rows, offs_d[None, :], shape.HEAD_DIM, True)
+        k_tile = load_tile(keys, start_n, columns, offs_d[:, None], shape.HEAD_DIM, True)
+        product = tl.dot(q_tile, k_tile, input_precision=shape.PRECISION)
         s, _ = scores_of(product, tile, problem, shape, True)
         l_i, _ = load_row_values(lse, None, tile, rows, problem, shape, True)
-        p = exp_of(s * factor_of(problem, shape) - l_i, UNIT)
+        p = exp_of(s * factor_of(problem, shape) - l_i, shape.UNIT)
         p = tl.where(s == -INFINITY, 0.0, p)
         if dropout is not None:
-            keep = keep_of(tile, problem, BLOCK_M, BLOCK_N)
+            keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
             p = tl.where(keep, p * dropout.factor, 0.0)
         total += p
     if AVERAGE:
