@@ -15,6 +15,9 @@ from attn_ext.problem import Problem
 
 Options = dict[str, Any]
 
+DEVICE_BACKENDS = tuple(x for x in attn_ext.BACKENDS if x not in ("cpu", "reference"))
+"""Those for GPUs, which the contract suite runs where torch finds one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -221,7 +224,8 @@ def _gradients(prefix: str, loss: Tensor, inputs: list[Tensor]) -> dict[str, Ten
 def _direction(like: Tensor) -> Tensor:
     """The same random direction for every backend and dtype."""
     generator = torch.Generator().manual_seed(99)
-    return torch.randn(like.shape, dtype=torch.float64, generator=generator)
+    direction = torch.randn(like.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return direction.to(like.device)
 
 
 def gradients_from_rounded(

@@ -1,10 +1,12 @@
 """Fixtures: every backend of this machine, the CPU kernels once for each instruction set it has.
 
-The CUDA kernels are run by an emulator, once for each architecture whose code differs.
+The CUDA kernels are run by an emulator, once for each architecture whose code differs; and by the
+GPU where there is one (`pytest -m gpu`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ import interpreted  # first: kernels are defined as interpreted ones when triton
 import emulated
 import pytest
 import torch
+from cases import DEVICE_BACKENDS
 
 from attn_ext import dispatch
 from attn_ext.backends import cpu
@@ -27,11 +30,16 @@ BACKEND_IDS = [
     "triton",
     "reference",
 ]
+if torch.cuda.is_available():
+    BACKEND_IDS += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in DEVICE_BACKENDS]
 
 
 @pytest.fixture(params=BACKEND_IDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a backend, with one of its instruction sets or architectures in force."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a backend, with one of its instruction sets or architectures in force.
+
+    For a GPU's backend all that a test makes is on the GPU, the reference's part too.
+    """
     name, _, variant = request.param.partition("-")
     if name == "cpu":
         monkeypatch.setattr(cpu, "capability", variant)
@@ -39,7 +47,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         # Last: it takes CPU tensors, and nothing may choose it by itself.
         monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, name))
         monkeypatch.setitem(dispatch._modules, name, emulated.backend(int(variant)))
-    return name
+    with torch.device("cuda") if variant == "gpu" else contextlib.nullcontext():
+        yield name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:

@@ -37,9 +37,9 @@ ARCHITECTURES = (800, 750)
 
 # Problems that these kernels leave to other backends; any other refusal is a failure.
 REFUSALS = (
-    r"backend 'cuda_emulated' can't run this: ("
+    r"backend '(cuda|cuda_emulated)' can't run this: ("
     r"query is float64"
-    r"|query is bfloat16, which takes compute capability 8\.0, and cpu has 7\.5"
+    r"|query is bfloat16, which takes compute capability 8\.0, and (cpu|cuda:\d+) has 7\.5"
     r"|query has a head_dim of (384|512); at most 256"
     r"|query and value have a head_dim of \d+ and \d+ in float32, which takes \d+ bytes"
     r")"

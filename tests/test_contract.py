@@ -361,7 +361,11 @@ GRADCHECK_OPTIONS = {
 
 @pytest.mark.parametrize("name", GRADCHECK_OPTIONS)
 def test_gradients_of_both_orders(name: str, backend: str) -> None:
-    options = dict(GRADCHECK_OPTIONS[name])
+    device = torch.get_default_device()
+    options = {
+        name: x.to(device) if isinstance(x, Tensor) else x
+        for name, x in GRADCHECK_OPTIONS[name].items()
+    }
     tensors = [torch.randn(1, heads, length, dim, dtype=torch.float64, requires_grad=True)
                for heads, length, dim in ((2, 3, 4), (1, 5, 4), (1, 5, 2))]  # fmt: skip
     extra = [options.pop("sinks")] if "sinks" in options else []
