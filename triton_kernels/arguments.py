@@ -15,6 +15,7 @@ class Rows(NamedTuple):
     stride_b: Any
     stride_h: Any
     stride_l: Any
+    descriptor: Any = None  # of tiles (1, 1, L, D), where they are copied by hardware
 
 
 class Pairs(NamedTuple):
@@ -109,6 +110,9 @@ class Head(NamedTuple):
     base: Any
     stride: Any
     length: Any
+    descriptor: Any  # or None
+    batch: Any
+    head: Any
 
 
 class Tile(NamedTuple):

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head, Problem, Tile
+from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     edge_tile,
+    head_of,
     is_finite,
+    load_passing_tile,
     load_tile,
     rows_of_keys,
-    start_of,
     store_tile,
 )
 
@@ -35,12 +36,14 @@ def add_tile(
     offs_m = tl.arange(0, shape.BLOCK_M)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     l_i, term = load_row_values(lse, terms, tile, offs_m[None, :], problem, shape, EDGE)
-    q = load_tile(queries, tile.start_m, offs_m[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE)
+    q = load_passing_tile(
+        queries, tile.start_m, offs_m[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE
+    )
     product = tl.dot(k, tl.trans(q), input_precision=shape.PRECISION)
     SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
     dp, do = product, q
     if dweights is None:
-        do = load_tile(
+        do = load_passing_tile(
             gradients, tile.start_m, offs_m[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE
         )
         start = tl.zeros_like(product)
@@ -132,8 +135,8 @@ def backward_keys(
     start_n = index % blocks * shape.BLOCK_N
     key_heads = sizes.query_heads // sizes.group
     key_head, batch = index // blocks % key_heads, index // blocks // key_heads
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    keys = head_of(k, batch, key_head, sizes.key_length)
+    values = head_of(v, batch, key_head, sizes.key_length)
     columns, offs_m = tl.arange(0, shape.BLOCK_N)[:, None], tl.arange(0, shape.BLOCK_M)[None, :]
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
     k_tile = load_tile(keys, start_n, columns, offs_d, shape.HEAD_DIM, True)
@@ -143,10 +146,10 @@ def backward_keys(
 
     first, stop, full_first, full_stop = rows_of_keys(start_n, problem, shape)
     for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
-        queries = Head(start_of(q, batch, head), q.stride_l, length)
+        queries = head_of(q, batch, head, length)
         gradients = queries
         if dweights is None:
-            gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+            gradients = head_of(dout, batch, head, length)
         for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
             start_m = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_M
             tile = Tile(batch, head, start_m, start_n, offs_m, columns)
@@ -168,18 +171,18 @@ def backward_keys(
         if not (is_finite(tl.where(exists, acc_k, 0.0)) & is_finite(tl.where(exists, acc_v, 0.0))):
             acc_k, acc_v = tl.zeros_like(acc_k), tl.zeros_like(acc_v)
             for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
-                queries = Head(start_of(q, batch, head), q.stride_l, length)
+                queries = head_of(q, batch, head, length)
                 gradients = queries
                 if dweights is None:
-                    gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+                    gradients = head_of(dout, batch, head, length)
                 end = tl.minimum(stop * shape.BLOCK_M, length)
                 tile = Tile(batch, head, 0, start_n, offs_m, columns)
                 acc_k, acc_v = sum_row_by_row(
                     acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
                     first * shape.BLOCK_M, end, tile, problem, shape,
                 )  # fmt: skip
-    outputs = Head(start_of(dk, batch, key_head), dk.stride_l, sizes.key_length)
+    outputs = head_of(dk, batch, key_head, sizes.key_length)
     store_tile(outputs, start_n, columns, offs_d, acc_k * scoring.scale, shape.HEAD_DIM)
     if dweights is None:
-        outputs = Head(start_of(dv, batch, key_head), dv.stride_l, sizes.key_length)
+        outputs = head_of(dv, batch, key_head, sizes.key_length)
         store_tile(outputs, start_n, columns, offs_dv, acc_v, shape.VALUE_DIM)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head, Problem, Tile
+from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     edge_tile,
+    head_of,
     is_finite,
     keys_of_rows,
+    load_passing_tile,
     load_tile,
     start_of,
     store_tile,
@@ -47,12 +49,14 @@ def add_tile(
     """Adds what one tile of keys contributes."""
     offs_n = tl.arange(0, shape.BLOCK_N)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    k = load_tile(keys, tile.start_n, offs_n[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE)
+    k = load_passing_tile(
+        keys, tile.start_n, offs_n[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE
+    )
     product = tl.dot(q, tl.trans(k), input_precision=shape.PRECISION)
     SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
     dp = product
     if dweights is None:
-        v = load_tile(
+        v = load_passing_tile(
             values, tile.start_n, offs_n[None, :], offs_dv[:, None], shape.VALUE_DIM, EDGE
         )
         start = tl.zeros_like(product)
@@ -123,15 +127,15 @@ def backward_queries(
     start_m = (blocks - 1 - index % blocks) * shape.BLOCK_M
     head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
     key_head = head // sizes.group
-    queries = Head(start_of(q, batch, head), q.stride_l, length)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    queries = head_of(q, batch, head, length)
+    keys = head_of(k, batch, key_head, sizes.key_length)
+    values = head_of(v, batch, key_head, sizes.key_length)
     rows, offs_n = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
     q_tile = load_tile(queries, start_m, rows, offs_d, shape.HEAD_DIM, True)
     do_tile = q_tile
     if dweights is None:
-        gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+        gradients = head_of(dout, batch, head, length)
         do_tile = load_tile(gradients, start_m, rows, offs_dv, shape.VALUE_DIM, True)
     tile = Tile(batch, head, start_m, 0, rows, offs_n)
     l_i, term = load_row_values(lse, terms, tile, rows, problem, shape, True)
@@ -160,7 +164,7 @@ def backward_queries(
                 q_tile, do_tile, keys, values, l_i, term, dweights, share, first * shape.BLOCK_N, end,
                 tile, problem, shape,
             )  # fmt: skip
-    outputs = Head(start_of(dq, batch, head), dq.stride_l, length)
+    outputs = head_of(dq, batch, head, length)
     store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale, shape.HEAD_DIM)
     if dweights is not None:
         offs_m = tl.arange(0, shape.BLOCK_M)

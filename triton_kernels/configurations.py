@@ -13,9 +13,10 @@ class Configuration(NamedTuple):
     BLOCK_N: int
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False
 
 
-INTERPRETED = Configuration(32, 16)
+INTERPRETED = Configuration(32, 32, descriptors=True)
 """So small that the sizes of tests cross blocks."""
 
 

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head, Problem, Tile
+from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.dropout import keep_mask
 from attn_ext.triton_kernels.scores import (
     INFINITY,
     LN2,
+    LOWEST,
     edge_tile,
     exp_of,
     factor_of,
+    head_of,
     is_finite,
     keys_of_rows,
+    load_passing_tile,
     load_tile,
     scores_of,
     start_of,
@@ -38,19 +41,21 @@ def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape: tl.constexpr, E
     """The online softmax over one tile of keys."""
     offs_n = tl.arange(0, shape.BLOCK_N)
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    k = load_tile(keys, tile.start_n, offs_n[None, :], offs_d[:, None], shape.HEAD_DIM, EDGE)
+    k = load_passing_tile(
+        keys, tile.start_n, offs_n[None, :], offs_d[:, None], shape.HEAD_DIM, EDGE
+    )
     product = tl.dot(q, k, input_precision=shape.PRECISION)
     s, _ = scores_of(product, tile, problem, shape, EDGE)
     factor = factor_of(problem, shape)
     m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
-    # A row that has seen nothing yet: exp2(-inf - 0) is the 0 that it needs.
-    shift = tl.where(m_new == -INFINITY, 0.0, m_new)
-    p = exp_of(s * factor - shift[:, None], shape.UNIT)
-    rescale = exp_of(m_i - shift, shape.UNIT)
+    p = exp_of(s * factor - m_new[:, None], shape.UNIT)
+    rescale = exp_of(m_i - m_new, shape.UNIT)
     l_i = l_i * rescale + tl.sum(p, 1)
     if problem.dropout is not None:
         p = tl.where(keep_mask(problem, tile, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS), p, 0.0)
-    v = load_tile(values, tile.start_n, offs_n[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE)
+    v = load_passing_tile(
+        values, tile.start_n, offs_n[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE
+    )
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=shape.PRECISION)
     return acc, l_i, m_new
 
@@ -61,7 +66,6 @@ def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape: t
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     one = tl.arange(0, 1)
     factor = factor_of(problem, shape)
-    shift = tl.where(m_i == -INFINITY, 0.0, m_i)[:, None]
     q = q.to(tl.float32)
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
     for key in range(first, stop):
@@ -70,7 +74,7 @@ def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape: t
             tl.float32
         )
         s, _ = scores_of(tl.sum(q * k, 1)[:, None], here, problem, shape, True)
-        weight = exp_of(s * factor - shift, shape.UNIT)
+        weight = exp_of(s * factor - m_i[:, None], shape.UNIT)
         if problem.dropout is not None:
             weight = tl.where(keep_mask(problem, here, shape.BLOCK_M, 1, False), weight, 0.0)
         v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False).to(
@@ -100,9 +104,9 @@ def forward(
     start_m = (blocks - 1 - index % blocks) * shape.BLOCK_M
     head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
     key_head = head // sizes.group
-    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
-    values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
+    queries = head_of(q, batch, head, sizes.query_length)
+    keys = head_of(k, batch, key_head, sizes.key_length)
+    values = head_of(v, batch, key_head, sizes.key_length)
     offs_m, offs_n = tl.arange(0, shape.BLOCK_M), tl.arange(0, shape.BLOCK_N)[None, :]
     rows = offs_m[:, None]
     q_tile = load_tile(
@@ -111,10 +115,12 @@ def forward(
 
     acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
     l_i = tl.zeros((shape.BLOCK_M,), tl.float32)
-    m_i = tl.full((shape.BLOCK_M,), -INFINITY, tl.float32)
+    # Finite, so that a hidden score less the maximum of a row that has seen nothing is -inf.
+    m_i = tl.full((shape.BLOCK_M,), LOWEST, tl.float32)
     if sinks_ptr is not None:
-        m_i = tl.zeros_like(m_i) + tl.load(sinks_ptr + head) * shape.UNIT
-        l_i = tl.where(m_i == -INFINITY, 0.0, 1.0)
+        sink = tl.load(sinks_ptr + head)
+        m_i = tl.maximum(m_i, sink * shape.UNIT)
+        l_i += tl.where(sink == -INFINITY, 0.0, 1.0)
 
     first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
     for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
@@ -135,7 +141,7 @@ def forward(
     scale = 1 / tl.where(l_i == 0, 1.0, l_i)
     if dropout is not None:
         scale *= dropout.factor
-    outputs = Head(start_of(out, batch, head), out.stride_l, sizes.query_length)
+    outputs = head_of(out, batch, head, sizes.query_length)
     store_tile(
         outputs,
         start_m,
@@ -146,7 +152,8 @@ def forward(
     )
     if lse is not None:
         natural = m_i * (1 if shape.UNIT == 1 else LN2) + tl.log(l_i)
-        # Nothing seen, or a weight that is infinitely larger than the others.
-        natural = tl.where((l_i == 0) | (m_i == INFINITY), m_i, natural)
+        natural = tl.where(l_i == 0, -INFINITY, natural)
+        # A weight that is infinitely larger than the others.
+        natural = tl.where(m_i == INFINITY, INFINITY, natural)
         pointers = start_of(lse, batch, head) + (start_m + offs_m).to(tl.int64) * lse.stride_l
         tl.store(pointers, natural, mask=offs_m < sizes.query_length - start_m)

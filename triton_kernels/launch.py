@@ -30,6 +30,7 @@ from attn_ext.triton_kernels.mask_gradient import mask_gradient
 from attn_ext.triton_kernels.row_terms import row_terms
 from attn_ext.triton_kernels.weights import weights as weights_kernel
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attn_ext.problem import UNLIMITED, Problem
 
@@ -78,11 +79,11 @@ def forward_call(
     config = configuration_of("forward", architecture, *_size_of(problem))
     arguments = {
         "q": rows_of(problem.query),
-        "k": rows_of(problem.key),
-        "v": rows_of(problem.value),
+        "k": tiles_of(problem.key, config.BLOCK_N, config),
+        "v": tiles_of(problem.value, config.BLOCK_N, config),
         "out": rows_of(out),
         "lse": None if lse is None else rows_of(lse),
-        "sinks_ptr": problem.sinks,
+        "sinks_ptr": None if problem.sinks is None else problem.sinks.contiguous(),
         **_settings(architecture, seed, problem, dropout, config),
     }
     blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
@@ -151,10 +152,15 @@ def backward_calls(
     }
     size = _size_of(problem)
 
-    def call(kernel: Any, name: str, programs: Any, **more: Any) -> Call:
+    def call(kernel: Any, name: str, programs: Any, passing: Any, **more: Any) -> Call:
         config = configuration_of(name, architecture, *size)
         settings = _settings(architecture, seed, problem, dropout, config)
-        return Call(kernel, programs(config), {**common, **more, **settings}, _options(config))
+        return Call(
+            kernel,
+            programs(config),
+            {**common, **passing(config), **more, **settings},
+            _options(config),
+        )
 
     batch, heads, key_heads = problem.batch, problem.query_heads, problem.key.shape[1]
     calls = []
@@ -165,6 +171,10 @@ def backward_calls(
             backward_queries,
             "backward_queries",
             lambda c: batch * heads * triton.cdiv(problem.query_length, c.BLOCK_M),
+            lambda c: {
+                "k": tiles_of(problem.key, c.BLOCK_N, c),
+                "v": tiles_of(problem.value, c.BLOCK_N, c),
+            },
             dq=rows_of(dquery),
             dlse=rows_of(row_term) if for_weights else None,
         )
@@ -174,6 +184,10 @@ def backward_calls(
             backward_keys,
             "backward_keys",
             lambda c: batch * key_heads * triton.cdiv(problem.key_length, c.BLOCK_N),
+            lambda c: {
+                "q": tiles_of(problem.query, c.BLOCK_M, c),
+                "dout": None if dout is None else tiles_of(dout, c.BLOCK_M, c),
+            },
             dk=rows_of(dkey),
             dv=None if dvalue is None else rows_of(dvalue),
         )
@@ -186,6 +200,7 @@ def backward_calls(
                 mask_gradient,
                 "mask_gradient",
                 lambda c: _mask_programs(dmask, c),
+                lambda c: {},
                 dmask=pairs_of(dmask),
                 batches=batch,
                 **dict(zip(names, over, strict=True)),
@@ -260,8 +275,34 @@ def _mask_programs(dmask: Tensor, config: Any) -> int:
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """A tensor (B, H, L, D) with a contiguous last dimension, or (B, H, L)."""
+    """A tensor (B, H, L, D), copied if its rows are not contiguous, or (B, H, L)."""
+    if tensor.dim() == 4 and tensor.stride(3) != 1 and tensor.shape[3] > 1:
+        tensor = tensor.contiguous()
     return Rows(tensor, *tensor.stride()[:3])
+
+
+def tiles_of(tensor: Tensor, length: int, config: Any) -> Rows:
+    """A tensor (B, H, L, D) that passes by in tiles of `length` rows."""
+    rows = rows_of(tensor)
+    tensor = rows.ptr
+    if not config.descriptors or not has_descriptor(tensor):
+        return rows
+    # A dimension of size 1 has any stride that is a multiple of 16 bytes.
+    strides = [16 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    block = [1, 1, length, block_of(tensor.shape[3])]
+    descriptor = TensorDescriptor(tensor, [*tensor.shape], [*strides[:3], 1], block)
+    return rows._replace(descriptor=descriptor)
+
+
+def has_descriptor(tensor: Tensor) -> bool:
+    """Whether hardware that copies tiles can address a tensor."""
+    size = tensor.element_size()
+    strides = (s * size for n, s in zip(tensor.shape[:3], tensor.stride(), strict=False) if n > 1)
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    )
 
 
 def pairs_of(tensor: Tensor) -> Pairs:

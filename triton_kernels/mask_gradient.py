@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head, Problem, Tile
+from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
-from attn_ext.triton_kernels.scores import load_tile, start_of
+from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
 
 
 @triton.jit
@@ -22,15 +22,15 @@ def score_gradients(q, k, v, dout, lse, terms, dweights, share, tile, problem, s
     batch, head = tile.batch, tile.head
     key_head = head // sizes.group
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
-    keys = Head(start_of(k, batch, key_head), k.stride_l, sizes.key_length)
+    queries = head_of(q, batch, head, sizes.query_length)
+    keys = head_of(k, batch, key_head, sizes.key_length)
     q_tile = load_tile(queries, tile.start_m, tile.rows, offs_d[None, :], shape.HEAD_DIM, True)
     k_tile = load_tile(keys, tile.start_n, tile.columns, offs_d[:, None], shape.HEAD_DIM, True)
     product = tl.dot(q_tile, k_tile, input_precision=shape.PRECISION)
     dp = product
     if dweights is None:
-        values = Head(start_of(v, batch, key_head), v.stride_l, sizes.key_length)
-        gradients = Head(start_of(dout, batch, head), dout.stride_l, sizes.query_length)
+        values = head_of(v, batch, key_head, sizes.key_length)
+        gradients = head_of(dout, batch, head, sizes.query_length)
         do_tile = load_tile(
             gradients, tile.start_m, tile.rows, offs_dv[None, :], shape.VALUE_DIM, True
         )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head
-from attn_ext.triton_kernels.scores import load_tile, start_of
+from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -29,8 +28,8 @@ def row_terms(
     start_m = index % blocks * BLOCK_M
     head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
     rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_DV)[None, :]
-    outputs = Head(start_of(out, batch, head), out.stride_l, length)
-    gradients = Head(start_of(dout, batch, head), dout.stride_l, length)
+    outputs = head_of(out, batch, head, length)
+    gradients = head_of(dout, batch, head, length)
     o = load_tile(outputs, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
     do = load_tile(gradients, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
     term = tl.sum(o * do, 1)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from attn_ext.triton_kernels.arguments import Head
 
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -52,6 +54,14 @@ def start_of(rows, batch, head):
 
 
 @triton.jit
+def head_of(rows, batch, head, length):
+    """One head of a tensor, as a source of tiles."""
+    return Head(
+        start_of(rows, batch, head), rows.stride_l, length, rows.descriptor, batch, head
+    )  # fmt: skip
+
+
+@triton.jit
 def load_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexpr):
     """The rows of a head from `start` on; zeros beyond WIDTH and, where EDGE looks for it,
     beyond its length. `rows` (L, 1) and `columns` (1, D), or transposed, count from the start."""
@@ -66,6 +76,23 @@ def load_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexp
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=columns < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_passing_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """The same of a tile of BLOCK_M or BLOCK_N rows, for which there may be a descriptor: zeros
+    beyond the width and the length are then the hardware's."""
+    if head.descriptor is None:
+        return load_tile(head, start, rows, columns, WIDTH, EDGE)
+    else:
+        tile = head.descriptor.load([head.batch, head.head, tl.cast(start, tl.int32), 0])
+        L: tl.constexpr = rows.shape[0] * rows.shape[1]
+        D: tl.constexpr = columns.shape[0] * columns.shape[1]
+        tile = tl.reshape(tile, (L, D))
+        if rows.shape[0] == 1:
+            return tl.trans(tile)
+        else:
+            return tile
 
 
 @triton.jit
@@ -116,7 +143,8 @@ def masked(s, entries, UNIT: tl.constexpr):
         return tl.where(entries, s, -INFINITY)
     else:
         x = entries.to(tl.float32)
-        return tl.where(x == -INFINITY, x, s + x * UNIT)
+        # Masks may hold the lowest number instead of -inf, which hides nothing.
+        return tl.where(x == -INFINITY, x, s + tl.maximum(x * UNIT, LOWEST))
 
 
 @triton.jit

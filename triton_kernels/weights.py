@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attn_ext.triton_kernels.arguments import Head, Problem, Tile
+from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     INFINITY,
     exp_of,
     factor_of,
+    head_of,
     load_tile,
     scores_of,
     start_of,
@@ -51,8 +52,8 @@ def weights(
 
     total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for head in range(first_head, first_head + count):
-        queries = Head(start_of(q, batch, head), q.stride_l, sizes.query_length)
-        keys = Head(start_of(k, batch, head // sizes.group), k.stride_l, sizes.key_length)
+        queries = head_of(q, batch, head, sizes.query_length)
+        keys = head_of(k, batch, head // sizes.group, sizes.key_length)
         tile = Tile(batch, head, start_m, start_n, rows, columns)
         q_tile = load_tile(queries, start_m, rows, offs_d[None, :], shape.HEAD_DIM, True)
         k_tile = load_tile(keys, start_n, columns, offs_d[:, None], shape.HEAD_DIM, True)
