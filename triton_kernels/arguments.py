@@ -81,6 +81,7 @@ class Problem(NamedTuple):
     reach: Any
     dropout: Any  # or None
     sizes: Any
+    sinks_ptr: Any = None
 
 
 class Shape(NamedTuple):

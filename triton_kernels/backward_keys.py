@@ -17,6 +17,7 @@ import triton.language as tl
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
+    CAREFUL,
     edge_tile,
     head_of,
     is_finite,
@@ -64,50 +65,49 @@ def add_tile(
 
 @triton.jit
 def sum_row_by_row(
-    dk,
-    dv,
-    k,
-    v,
-    queries,
-    gradients,
-    lse,
-    terms,
-    dweights,
-    share,
-    first,
-    stop,
-    tile,
-    problem,
-    shape: tl.constexpr,
-):
-    """Adds the rows of one head, no row being touched where it does not see a key."""
-    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    one = tl.arange(0, 1)
-    k, v = k.to(tl.float32), v.to(tl.float32)
-    for row in range(first, stop):
-        here = Tile(tile.batch, tile.head, row, tile.start_n, one[None, :], tile.columns)
-        l_i, term = load_row_values(lse, terms, here, one[None, :], problem, shape, False)
-        q = load_tile(queries, row, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
-            tl.float32
-        )
-        product = tl.sum(k * q, 1)[:, None]
-        dp, do = product, q
+    q, dout, keys, values, dkeys, dvalues, lse, terms, dweights, share, first, stop,
+    tile, problem, shape: tl.constexpr,
+):  # fmt: skip
+    """Writes dK and dV of a block's keys, CAREFUL at a time; a row that does not see a key is not
+    touched. `tile.head` is the key head."""
+    sizes = problem.sizes
+    offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
+    columns, one = tl.arange(0, CAREFUL)[:, None], tl.arange(0, 1)
+    for start_n in range(tile.start_n, tile.start_n + shape.BLOCK_N, CAREFUL):
+        k = load_tile(keys, start_n, columns, offs_d, shape.HEAD_DIM, True).to(tl.float32)
+        v = load_tile(values, start_n, columns, offs_dv, shape.VALUE_DIM, True).to(tl.float32)
+        dk, dv = tl.zeros_like(k), tl.zeros_like(v)
+        for head in range(tile.head * sizes.group, (tile.head + 1) * sizes.group):
+            queries = head_of(q, tile.batch, head, sizes.query_length)
+            gradients = queries
+            if dweights is None:
+                gradients = head_of(dout, tile.batch, head, sizes.query_length)
+            for row in range(first, stop):
+                here = Tile(tile.batch, head, row, start_n, one[None, :], columns)
+                l_i, term = load_row_values(lse, terms, here, one[None, :], problem, shape, False)
+                q_row = load_tile(queries, row, one[:, None], offs_d, shape.HEAD_DIM, False)
+                q_row = q_row.to(tl.float32)
+                product = tl.sum(k * q_row, 1)[:, None]
+                dp, do_row = product, q_row
+                if dweights is None:
+                    do_row = load_tile(
+                        gradients, row, one[:, None], offs_dv, shape.VALUE_DIM, False
+                    )
+                    do_row = do_row.to(tl.float32)
+                    dp = tl.sum(v * do_row, 1)[:, None]
+                keep = keep_of(here, problem, 1, CAREFUL, shape.IN_FOURS)
+                if keep is not None:
+                    keep = tl.trans(keep)
+                weights, _, dproduct = gradients_of(
+                    product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
+                )
+                touched = (weights != 0) | (dproduct != 0)
+                dk = tl.where(touched, dk + dproduct * q_row, dk)
+                if dweights is None:
+                    dv = tl.where(touched, dv + weights * do_row, dv)
+        store_tile(dkeys, start_n, columns, offs_d, dk * problem.scoring.scale, shape.HEAD_DIM)
         if dweights is None:
-            do = load_tile(
-                gradients, row, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False
-            ).to(tl.float32)
-            dp = tl.sum(v * do, 1)[:, None]
-        keep = keep_of(here, problem, 1, shape.BLOCK_N, shape.IN_FOURS)
-        if keep is not None:
-            keep = tl.trans(keep)
-        weights, _, dproduct = gradients_of(
-            product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
-        )
-        touched = (weights != 0) | (dproduct != 0)
-        dk = tl.where(touched, dk + dproduct * q, dk)
-        if dweights is None:
-            dv = tl.where(touched, dv + weights * do, dv)
-    return dk, dv
+            store_tile(dvalues, start_n, columns, offs_dv, dv, shape.VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
@@ -166,23 +166,24 @@ def backward_keys(
                 tile, problem, shape, False,
             )  # fmt: skip
 
+    dkeys = head_of(dk, batch, key_head, sizes.key_length)
+    dvalues = dkeys
+    if dweights is None:
+        dvalues = head_of(dv, batch, key_head, sizes.key_length)
+    done_again = False
     if shape.HIDES:
         exists = columns < sizes.key_length - start_n
-        if not (is_finite(tl.where(exists, acc_k, 0.0)) & is_finite(tl.where(exists, acc_v, 0.0))):
-            acc_k, acc_v = tl.zeros_like(acc_k), tl.zeros_like(acc_v)
-            for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
-                queries = head_of(q, batch, head, length)
-                gradients = queries
-                if dweights is None:
-                    gradients = head_of(dout, batch, head, length)
-                end = tl.minimum(stop * shape.BLOCK_M, length)
-                tile = Tile(batch, head, 0, start_n, offs_m, columns)
-                acc_k, acc_v = sum_row_by_row(
-                    acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
-                    first * shape.BLOCK_M, end, tile, problem, shape,
-                )  # fmt: skip
-    outputs = head_of(dk, batch, key_head, sizes.key_length)
-    store_tile(outputs, start_n, columns, offs_d, acc_k * scoring.scale, shape.HEAD_DIM)
-    if dweights is None:
-        outputs = head_of(dv, batch, key_head, sizes.key_length)
-        store_tile(outputs, start_n, columns, offs_dv, acc_v, shape.VALUE_DIM)
+        done_again = not (
+            is_finite(tl.where(exists, acc_k, 0.0)) & is_finite(tl.where(exists, acc_v, 0.0))
+        )
+    if done_again:
+        tile = Tile(batch, key_head, 0, start_n, offs_m, columns)
+        end = tl.minimum(stop * shape.BLOCK_M, length)
+        sum_row_by_row(
+            q, dout, keys, values, dkeys, dvalues, lse, terms, dweights, share,
+            first * shape.BLOCK_M, end, tile, problem, shape,
+        )  # fmt: skip
+    else:
+        store_tile(dkeys, start_n, columns, offs_d, acc_k * scoring.scale, shape.HEAD_DIM)
+        if dweights is None:
+            store_tile(dvalues, start_n, columns, offs_dv, acc_v, shape.VALUE_DIM)

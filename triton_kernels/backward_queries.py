@@ -18,6 +18,7 @@ import triton.language as tl
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
+    CAREFUL,
     edge_tile,
     head_of,
     is_finite,
@@ -75,31 +76,37 @@ def add_tile(
 
 @triton.jit
 def sum_key_by_key(
-    q, do, keys, values, l_i, term, dweights, share, first, stop, tile, problem, shape: tl.constexpr
-):
-    """A block's dQ once more, no hidden key being touched."""
+    queries, gradients, keys, values, outputs, lse, terms, dweights, share, first, stop,
+    tile, problem, shape: tl.constexpr,
+):  # fmt: skip
+    """Writes a block's rows of dQ, CAREFUL at a time, no hidden key being touched."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    one = tl.arange(0, 1)
-    q, do = q.to(tl.float32), do.to(tl.float32)
-    dq = tl.zeros((shape.BLOCK_M, shape.BLOCK_D), tl.float32)
-    for key in range(first, stop):
-        here = Tile(tile.batch, tile.head, tile.start_m, key, tile.rows, one[None, :])
-        k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
-            tl.float32
-        )
-        product = tl.sum(q * k, 1)[:, None]
-        dp = product
+    rows, one = tl.arange(0, CAREFUL)[:, None], tl.arange(0, 1)
+    for start_m in range(tile.start_m, tile.start_m + shape.BLOCK_M, CAREFUL):
+        q = load_tile(queries, start_m, rows, offs_d[None, :], shape.HEAD_DIM, True).to(tl.float32)
+        do = q
         if dweights is None:
-            v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False).to(
-                tl.float32
+            do = load_tile(gradients, start_m, rows, offs_dv[None, :], shape.VALUE_DIM, True)
+            do = do.to(tl.float32)
+        here = Tile(tile.batch, tile.head, start_m, tile.start_n, rows, one[None, :])
+        l_i, term = load_row_values(lse, terms, here, rows, problem, shape, True)
+        dq = tl.zeros((CAREFUL, shape.BLOCK_D), tl.float32)
+        for key in range(first, stop):
+            here = Tile(tile.batch, tile.head, start_m, key, rows, one[None, :])
+            k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False)
+            k = k.to(tl.float32)
+            product = tl.sum(q * k, 1)[:, None]
+            dp = product
+            if dweights is None:
+                v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False)
+                dp = tl.sum(do * v.to(tl.float32), 1)[:, None]
+            keep = keep_of(here, problem, CAREFUL, 1, False)
+            weights, _, dproduct = gradients_of(
+                product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
             )
-            dp = tl.sum(do * v, 1)[:, None]
-        keep = keep_of(here, problem, shape.BLOCK_M, 1, shape.IN_FOURS)
-        weights, _, dproduct = gradients_of(
-            product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
-        )
-        dq = tl.where((dproduct != 0) | (weights != 0), dq + dproduct * k, dq)
-    return dq
+            dq = tl.where((dproduct != 0) | (weights != 0), dq + dproduct * k, dq)
+        dq *= problem.scoring.scale
+        store_tile(outputs, start_m, rows, offs_d[None, :], dq, shape.HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
@@ -133,7 +140,7 @@ def backward_queries(
     rows, offs_n = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D)[None, :], tl.arange(0, shape.BLOCK_DV)[None, :]
     q_tile = load_tile(queries, start_m, rows, offs_d, shape.HEAD_DIM, True)
-    do_tile = q_tile
+    gradients, do_tile = queries, q_tile
     if dweights is None:
         gradients = head_of(dout, batch, head, length)
         do_tile = load_tile(gradients, start_m, rows, offs_dv, shape.VALUE_DIM, True)
@@ -157,15 +164,19 @@ def backward_queries(
             tile, problem, shape, False,
         )  # fmt: skip
 
-    if shape.HIDES:
-        if not is_finite(acc):
-            end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
-            acc = sum_key_by_key(
-                q_tile, do_tile, keys, values, l_i, term, dweights, share, first * shape.BLOCK_N, end,
-                tile, problem, shape,
-            )  # fmt: skip
     outputs = head_of(dq, batch, head, length)
-    store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale, shape.HEAD_DIM)
+    done_again = False
+    if shape.HIDES:
+        done_again = not is_finite(acc)
+    if done_again:
+        tile = Tile(batch, head, start_m, 0, rows, offs_n)
+        end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
+        sum_key_by_key(
+            queries, gradients, keys, values, outputs, lse, terms, dweights, share,
+            first * shape.BLOCK_N, end, tile, problem, shape,
+        )  # fmt: skip
+    else:
+        store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale, shape.HEAD_DIM)
     if dweights is not None:
         offs_m = tl.arange(0, shape.BLOCK_M)
         pointers = start_of(dlse, batch, head) + (start_m + offs_m).to(tl.int64) * dlse.stride_l

@@ -19,6 +19,7 @@ import triton.language as tl
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.dropout import keep_mask
 from attn_ext.triton_kernels.scores import (
+    CAREFUL,
     INFINITY,
     LN2,
     LOWEST,
@@ -61,27 +62,52 @@ def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape: tl.constexpr, E
 
 
 @triton.jit
-def attend_key_by_key(q, m_i, keys, values, first, stop, tile, problem, shape: tl.constexpr):
-    """The sum of a block's weighted values, no hidden value being touched; m_i is known."""
+def attend_key_by_key(
+    queries, keys, values, outputs, first, stop, tile, problem, shape: tl.constexpr
+):
+    """Writes the outputs of a block's rows, CAREFUL at a time, no hidden value being touched."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
-    one = tl.arange(0, 1)
+    rows, one = tl.arange(0, CAREFUL)[:, None], tl.arange(0, 1)
     factor = factor_of(problem, shape)
-    q = q.to(tl.float32)
-    acc = tl.zeros((shape.BLOCK_M, shape.BLOCK_DV), tl.float32)
-    for key in range(first, stop):
-        here = Tile(tile.batch, tile.head, tile.start_m, key, tile.rows, one[None, :])
-        k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False).to(
-            tl.float32
-        )
-        s, _ = scores_of(tl.sum(q * k, 1)[:, None], here, problem, shape, True)
-        weight = exp_of(s * factor - m_i[:, None], shape.UNIT)
-        if problem.dropout is not None:
-            weight = tl.where(keep_mask(problem, here, shape.BLOCK_M, 1, False), weight, 0.0)
-        v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False).to(
-            tl.float32
-        )
-        acc = tl.where(s != -INFINITY, acc + weight * v, acc)
-    return acc
+    for start_m in range(tile.start_m, tile.start_m + shape.BLOCK_M, CAREFUL):
+        q = load_tile(queries, start_m, rows, offs_d[None, :], shape.HEAD_DIM, True).to(tl.float32)
+        acc = tl.zeros((CAREFUL, shape.BLOCK_DV), tl.float32)
+        l_i = tl.zeros((CAREFUL, 1), tl.float32)
+        m_i = tl.full((CAREFUL, 1), LOWEST, tl.float32)
+        if problem.sinks_ptr is not None:
+            m_i, l_i = start_at_sink(m_i, l_i, problem.sinks_ptr + tile.head, shape)
+        for key in range(first, stop):
+            here = Tile(tile.batch, tile.head, start_m, key, rows, one[None, :])
+            k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False)
+            product = tl.sum(q * k.to(tl.float32), 1)[:, None]
+            s, _ = scores_of(product, here, problem, shape, True)
+            m_new = tl.maximum(m_i, s * factor)
+            p = exp_of(s * factor - m_new, shape.UNIT)
+            rescale = exp_of(m_i - m_new, shape.UNIT)
+            l_i, m_i = l_i * rescale + p, m_new
+            if problem.dropout is not None:
+                p = tl.where(keep_mask(problem, here, CAREFUL, 1, False), p, 0.0)
+            v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False)
+            acc *= rescale
+            acc = tl.where(s != -INFINITY, acc + p * v.to(tl.float32), acc)
+        out = acc * normalizer(l_i, problem)
+        store_tile(outputs, start_m, rows, offs_dv[None, :], out, shape.VALUE_DIM)
+
+
+@triton.jit
+def start_at_sink(m_i, l_i, sink_ptr, shape: tl.constexpr):
+    """The maximum and the sum of rows that have seen the sink."""
+    sink = tl.load(sink_ptr)
+    return tl.maximum(m_i, sink * shape.UNIT), l_i + tl.where(sink == -INFINITY, 0.0, 1.0)
+
+
+@triton.jit
+def normalizer(l_i, problem):
+    """What takes sums of weighted values to outputs."""
+    scale = 1 / tl.where(l_i == 0, 1.0, l_i)
+    if problem.dropout is not None:
+        scale *= problem.dropout.factor
+    return scale
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
@@ -98,7 +124,7 @@ def forward(
     sizes,
     shape: tl.constexpr,
 ):
-    problem = Problem(scoring, reach, dropout, sizes)
+    problem = Problem(scoring, reach, dropout, sizes, sinks_ptr)
     blocks = tl.cdiv(sizes.query_length, shape.BLOCK_M)
     index = tl.program_id(0)
     start_m = (blocks - 1 - index % blocks) * shape.BLOCK_M
@@ -118,9 +144,7 @@ def forward(
     # Finite, so that a hidden score less the maximum of a row that has seen nothing is -inf.
     m_i = tl.full((shape.BLOCK_M,), LOWEST, tl.float32)
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head)
-        m_i = tl.maximum(m_i, sink * shape.UNIT)
-        l_i += tl.where(sink == -INFINITY, 0.0, 1.0)
+        m_i, l_i = start_at_sink(m_i, l_i, sinks_ptr + head, shape)
 
     first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
     for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
@@ -131,25 +155,20 @@ def forward(
         tile = Tile(batch, head, start_m, start_n, rows, offs_n)
         acc, l_i, m_i = attend(acc, l_i, m_i, q_tile, keys, values, tile, problem, shape, False)
 
-    if shape.HIDES:
-        if not is_finite(acc):
-            tile = Tile(batch, head, start_m, 0, rows, offs_n)
-            end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
-            acc = attend_key_by_key(
-                q_tile, m_i, keys, values, first * shape.BLOCK_N, end, tile, problem, shape
-            )
-    scale = 1 / tl.where(l_i == 0, 1.0, l_i)
-    if dropout is not None:
-        scale *= dropout.factor
     outputs = head_of(out, batch, head, sizes.query_length)
-    store_tile(
-        outputs,
-        start_m,
-        rows,
-        tl.arange(0, shape.BLOCK_DV)[None, :],
-        acc * scale[:, None],
-        shape.VALUE_DIM,
-    )
+    done_again = False
+    if shape.HIDES:
+        done_again = not is_finite(acc)
+    if done_again:
+        tile = Tile(batch, head, start_m, 0, rows, offs_n)
+        end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
+        attend_key_by_key(
+            queries, keys, values, outputs, first * shape.BLOCK_N, end, tile, problem, shape
+        )
+    else:
+        offs_dv = tl.arange(0, shape.BLOCK_DV)[None, :]
+        acc *= normalizer(l_i, problem)[:, None]
+        store_tile(outputs, start_m, rows, offs_dv, acc, shape.VALUE_DIM)
     if lse is not None:
         natural = m_i * (1 if shape.UNIT == 1 else LN2) + tl.log(l_i)
         natural = tl.where(l_i == 0, -INFINITY, natural)

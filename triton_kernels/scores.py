@@ -13,6 +13,8 @@ from attn_ext.triton_kernels.arguments import Head
 
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+CAREFUL = tl.constexpr(16)
+"""How many rows or keys at a time are done again, see `forward`."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -151,12 +153,14 @@ def masked(s, entries, UNIT: tl.constexpr):
 def hide_by_position(s, tile, problem):
     """-inf beyond the last key and outside the rows' reach."""
     reach = problem.reach
-    visible = tile.columns < problem.sizes.key_length - tile.start_n
-    distance = tile.columns - tile.rows
+    # What differs from tile to tile is a key alone, so that no tile of indices stays in registers.
+    keys, rows = tile.start_n + tile.columns, tile.start_m + tile.rows
+    end = problem.sizes.key_length
     if reach.high is not None:
-        visible = visible & (distance <= reach.high + (tile.start_m - tile.start_n))
+        end = tl.minimum(rows + reach.high + 1, end)
+    visible = keys < end
     if reach.low is not None:
-        visible = visible & (distance >= reach.low + (tile.start_m - tile.start_n))
+        visible = visible & (keys >= rows + reach.low)
     return tl.where(visible, s, -INFINITY)
 
 
