@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from attn_ext.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_ext.problem import Problem
-from attn_ext.triton_kernels import launch
 from bench import sass
 from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
 
@@ -68,6 +68,9 @@ class OfflineDriver:
         return GPUTarget("hip", self.architecture, 64 if kind.startswith(WAVE64) else 32)
 
 
+_offline = OfflineDriver()
+
+
 def names(
     architectures: tuple[str, ...] = ARCHITECTURES,
     dtypes: tuple[str, ...] = ("float16", "float32"),
@@ -88,10 +91,8 @@ def compiled(name: Name) -> Any:
     """Triton's compiled kernel."""
     if launch.INTERPRETED:
         raise RuntimeError("the kernels of this process are interpreted; unset TRITON_INTERPRET")
-    # Of a process that compiles for other machines, the driver is this one for good.
-    if not isinstance(driver.active, OfflineDriver):
-        driver.set_active(OfflineDriver())
-    driver.active.architecture = name.architecture
+    _offline.architecture = name.architecture
+    driver.set_active(_offline)  # for good: this process launches nothing
     call = _call(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,9 @@
-"""Block sizes, warps and pipeline stages, for each kernel, architecture, dtype and head_dim.
+"""Block sizes, warps and pipeline stages, for each kernel, family of architectures and head_dim.
 
-Chosen from `python -m bench.compile_report`: nothing spills, and shared memory fits.
+Chosen from `python -m bench.compile_report`, which compiles all of them: where a choice exists,
+nothing spills, two blocks fit a multiprocessor, and the main loop has the fewest instructions for
+its matrix products. None of them has been timed: nobody had a GPU. ATTN_EXT_TRITON_AUTOTUNE=1 tries
+them, and some more, on the GPU that is there.
 """
 
 from __future__ import annotations
@@ -9,15 +12,111 @@ from typing import NamedTuple
 
 
 class Configuration(NamedTuple):
+    """`descriptors`: whether the tiles that pass by are copied by hardware (TMA)."""
+
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 1
     descriptors: bool = False
 
 
 INTERPRETED = Configuration(32, 32, descriptors=True)
 """So small that the sizes of tests cross blocks."""
+
+_C = Configuration
+
+# By family and bits of an element; for each kernel, by width: the larger head_dim, rounded up to a
+# power of 2, at least 32.
+_TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
+    ("mma", 16): {  # mma.sync: compute capability 8.x and 12.x, within 99 KiB
+        "forward": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 128, 8, 2),
+            128: _C(128, 64, 8, 2),
+            256: _C(64, 64, 8, 1),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 64, 8, 2),
+            128: _C(64, 64, 8, 2),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 128, 8, 2),
+            64: _C(32, 128, 8, 2),
+            128: _C(64, 64, 8, 2),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("wgmma", 16): {
+        "forward": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 128, 8, 2, True),
+            128: _C(64, 128, 4, 1, True),
+            256: _C(64, 64, 8, 1, True),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 128, 8, 2),
+            128: _C(64, 64, 4, 2),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 64, 4, 2),
+            64: _C(64, 64, 4, 2),
+            128: _C(32, 128, 8, 2),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("tcgen05", 16): {
+        "forward": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 128, 8, 2, True),
+            128: _C(128, 64, 8, 2, True),
+            256: _C(64, 64, 8, 1, True),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 64, 8, 2, True),
+            128: _C(64, 64, 8, 2, True),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 128, 8, 2, True),
+            64: _C(64, 128, 8, 1, True),
+            128: _C(64, 64, 8, 1, True),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("amd", 16): {  # MFMA and WMMA, within 64 KiB
+        "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(64, 32), 256: _C(32, 32)},
+        "backward_queries": {32: _C(64, 32), 64: _C(64, 32), 128: _C(32, 32), 256: _C(32, 16)},
+        "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
+    },
+    ("nvidia", 32): {
+        "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(32, 16)},
+        "backward_queries": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32), 256: _C(16, 16)},
+        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16)},
+    },
+    ("amd", 32): {
+        "forward": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+        "backward_queries": {32: _C(32, 16), 64: _C(32, 16), 128: _C(16, 16), 256: _C(16, 16)},
+        "backward_keys": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16), 256: _C(16, 16)},
+    },
+}
+_ONE_PASS = {16: Configuration(64, 64), 32: Configuration(32, 32)}
+"""Of the weights and the mask's gradient, which have no loop over tiles that could be long."""
+
+
+def family_of(architecture: str, bits: int) -> str:
+    """Which of NVIDIA's or AMD's architectures have a configuration in common."""
+    if architecture.startswith("gfx"):
+        return "amd"
+    if bits == 32:
+        return "nvidia"
+    number = int(architecture.removeprefix("sm_"))
+    return {9: "wgmma", 10: "tcgen05"}.get(number // 10, "mma")
 
 
 def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> Configuration:
@@ -31,4 +130,6 @@ def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> C
     """
     if architecture == "interpreter":
         return INTERPRETED
-    return Configuration(64, 32)
+    if kernel in ("weights", "mask_gradient"):
+        return _ONE_PASS[bits] if width < 256 else Configuration(32, 32)
+    return _TABLE[family_of(architecture, bits), bits][kernel][max(width, 32)]
