@@ -31,6 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "dropout": {"dropout_p": 0.1},
 }
+VARIANTS = (
+    ("float16", (64, 128, 256), ("plain", "causal")),
+    ("float32", (64, 128), ("plain",)),
+)
+"""(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
 WAVE64 = ("gfx9",)
 """AMD's architectures with 64 threads a wavefront."""
 
@@ -73,13 +78,11 @@ _offline = OfflineDriver()
 
 def names(
     architectures: tuple[str, ...] = ARCHITECTURES,
-    dtypes: tuple[str, ...] = ("float16", "float32"),
-    head_dims: tuple[int, ...] = (64, 128, 256),
-    kinds: tuple[str, ...] = ("plain", "causal"),
+    variants: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = VARIANTS,
 ) -> Iterator[Name]:
-    """The kernels of the report; bfloat16 differs from float16 by the name of its instructions."""
+    """The kernels of the report."""
     for architecture in architectures:
-        for dtype in dtypes:
+        for dtype, head_dims, kinds in variants:
             for head_dim in head_dims:
                 for kind in kinds:
                     for kernel in ("forward", "backward_queries", "backward_keys"):

@@ -1,9 +1,8 @@
 """Block sizes, warps and pipeline stages, for each kernel, family of architectures and head_dim.
 
-Chosen from `python -m bench.compile_report`, which compiles all of them: where a choice exists,
-nothing spills, two blocks fit a multiprocessor, and the main loop has the fewest instructions for
-its matrix products. None of them has been timed: nobody had a GPU. ATTN_EXT_TRITON_AUTOTUNE=1 tries
-them, and some more, on the GPU that is there.
+Chosen from `python -m bench.compile_report`: nothing spills where a choice without spills was found
+(float32 with a head_dim above 128 has none), shared memory fits, and the main loop has few
+instructions for its matrix products. None has been timed: there was no GPU.
 """
 
 from __future__ import annotations
@@ -95,9 +94,14 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
     },
     ("nvidia", 32): {
-        "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(32, 16)},
-        "backward_queries": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32), 256: _C(16, 16)},
-        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16)},
+        "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 32, 8)},
+        "backward_queries": {
+            32: _C(32, 32),
+            64: _C(32, 32),
+            128: _C(16, 32, 8),
+            256: _C(16, 16, 8),
+        },
+        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16, 8)},
     },
     ("amd", 32): {
         "forward": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
@@ -105,8 +109,11 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_keys": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16), 256: _C(16, 16)},
     },
 }
-_ONE_PASS = {16: Configuration(64, 64), 32: Configuration(32, 32)}
-"""Of the weights and the mask's gradient, which have no loop over tiles that could be long."""
+_ONE_PASS = {
+    16: {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
+    32: {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+}
+"""By bits and width: of the weights and the mask's gradient, whose loops are over heads."""
 
 
 def family_of(architecture: str, bits: int) -> str:
@@ -130,6 +137,7 @@ def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> C
     """
     if architecture == "interpreter":
         return INTERPRETED
+    width = max(width, 32)
     if kernel in ("weights", "mask_gradient"):
-        return _ONE_PASS[bits] if width < 256 else Configuration(32, 32)
-    return _TABLE[family_of(architecture, bits), bits][kernel][max(width, 32)]
+        return _ONE_PASS[bits][width]
+    return _TABLE[family_of(architecture, bits), bits][kernel][width]
