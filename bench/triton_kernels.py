@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attn_ext.triton_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_ext.problem import Problem
+from attn_ext.triton_kernels import launch
 from bench import sass
 from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
@@ -30,8 +31,8 @@ from attn_ext.triton_kernels.scores import (
 
 @triton.jit
 def add_tile(
-    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, tile, problem, shape: tl.constexpr,
-    EDGE: tl.constexpr,
+    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, tile, problem,
+    shape: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what one tile of rows contributes."""
     offs_m = tl.arange(0, shape.BLOCK_M)

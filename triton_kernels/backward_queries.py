@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (

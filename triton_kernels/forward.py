@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.dropout import keep_mask
 from attn_ext.triton_kernels.scores import (

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attn_ext.problem import UNLIMITED, Problem
 from attn_ext.triton_kernels.arguments import (
     Dropout,
     KeyMask,
@@ -29,10 +33,6 @@ from attn_ext.triton_kernels.forward import forward as forward_kernel
 from attn_ext.triton_kernels.mask_gradient import mask_gradient
 from attn_ext.triton_kernels.row_terms import row_terms
 from attn_ext.triton_kernels.weights import weights as weights_kernel
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from attn_ext.problem import UNLIMITED, Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process interprets the kernels; it is settled when they are defined."""

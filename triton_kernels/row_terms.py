@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
 
 

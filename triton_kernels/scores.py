@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.arguments import Head
 
 LN2 = tl.constexpr(0.6931471805599453)

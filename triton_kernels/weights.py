@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (

@@ -17,7 +17,7 @@ from attn_ext.problem import Problem
 try:
     from attn_ext.triton_kernels import launch
 except ImportError as error:  # triton is an optional dependency
-    launch = None  # type: ignore[assignment]
+    launch = None
     _import_error = str(error)
 
 MAX_HEAD_DIM = 256
@@ -30,7 +30,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     if launch is None:
         return [f"triton can't be imported ({_import_error}); `pip install triton` would do"]
     query = problem.query
-    reasons = list(_reasons_of_device(query.device, query.dtype))
+    reasons = list(_reasons_of_device(query.device))
     if query.dtype is torch.float64:
         reasons.append("query is float64; float32, float16 or bfloat16 would do")
     head_dim, value_dim = query.shape[3], problem.value.shape[3]
@@ -108,7 +108,7 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def _reasons_of_device(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+def _reasons_of_device(device: torch.device) -> tuple[str, ...]:
     if launch.INTERPRETED:
         if device.type == "cpu":
             return ()
@@ -122,12 +122,6 @@ def _reasons_of_device(device: torch.device, dtype: torch.dtype) -> tuple[str, .
     if torch.version.hip:
         return ()
     major, minor = torch.cuda.get_device_capability(device)
-    reasons = []
-    if (major, minor) < (7, 5):
-        reasons.append(f"{device} has compute capability {major}.{minor}; 7.5 or more would do")
-    if dtype is torch.bfloat16 and major < 8:
-        reasons.append(
-            f"query is bfloat16, which takes compute capability 8.0, and {device} has "
-            f"{major}.{minor}; float16 or float32 would do"
-        )
-    return tuple(reasons)
+    if (major, minor) < (8, 0):
+        return (f"{device} has compute capability {major}.{minor}; 8.0 or more would do",)
+    return ()
