@@ -27,7 +27,7 @@ BACKEND_IDS = [
     *(f"cpu-{name}" for name in CPU_CAPABILITIES),
     NEWEST,
     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
-    "triton",
+    *(["triton"] if interpreted.INTERPRETS else []),
     "reference",
 ]
 if torch.cuda.is_available():

@@ -14,16 +14,21 @@ import os
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and then each kernel, is defined
+INTERPRETS = not torch.cuda.is_available()
+"""A process has the kernels interpreted or compiled, not both: with a GPU, they run there."""
+
+if INTERPRETS:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and then each kernel, is defined
 try:
-    import triton.experimental.gluon  # noqa: F401 - the launcher asks for it, and it for the variable
+    import triton.experimental.gluon  # noqa: F401 - a launch imports it, when it is too late
     import triton.language as tl
     from triton.runtime import interpreter
 
     import attn_ext.triton_kernels.launch  # noqa: F401
 finally:
-    del os.environ["TRITON_INTERPRET"]
+    os.environ.pop("TRITON_INTERPRET", None)
 
 # Problems that these kernels leave to other backends; any other refusal is a failure.
 REFUSALS = (

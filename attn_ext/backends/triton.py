@@ -24,6 +24,9 @@ MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30
 """Positions are 32-bit numbers in the kernels, and sums of two of them must be, too."""
 
+MAX_STRIDE = 2**23
+"""Offsets inside a tile, of up to 128 rows, are 32-bit numbers, too."""
+
 
 def not_supported_reasons(problem: Problem) -> list[str]:
     """Why the Triton kernels can't run a problem."""
@@ -37,6 +40,17 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     for name, size in (("query has a head_dim", head_dim), ("value has one", value_dim)):
         if size > MAX_HEAD_DIM:
             reasons.append(f"{name} of {size}; at most {MAX_HEAD_DIM} would do")
+    for name, tensor in (
+        ("query", query),
+        ("key", problem.key),
+        ("value", problem.value),
+        ("attn_mask", problem.attn_mask),
+    ):
+        if tensor is not None and _is_far_apart(tensor):
+            reasons.append(
+                f"{name} has strides of {tensor.stride()}; at most {MAX_STRIDE} between rows and "
+                "columns would do"
+            )
     lengths = (("query", problem.query_length), ("key", problem.key_length))
     for name, length in lengths:
         if length > MAX_LENGTH:
@@ -85,6 +99,11 @@ def weights_backward(
     dmask = native.mask_gradient_of(problem) if mask_gradient else None
     settings, problem = _settings(problem)
     return native.weights_backward(launch, settings, problem, lse, dweights, average, dmask)
+
+
+def _is_far_apart(tensor: Tensor) -> bool:
+    sizes, strides = tensor.shape[2:], tensor.stride()[2:]
+    return any(n > 1 and s > MAX_STRIDE for n, s in zip(sizes, strides, strict=True))
 
 
 def _settings(problem: Problem) -> tuple[tuple[str, int | Tensor], Problem]:

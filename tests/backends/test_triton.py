@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import interpreted
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from attn_ext import dispatch
 from attn_ext.backends import triton as backend
 from attn_ext.problem import Problem
 from attn_ext.triton_kernels import configurations, launch
+
+on_the_interpreter = pytest.mark.skipif(
+    not interpreted.INTERPRETS, reason="with a GPU the kernels are not interpreted"
+)
 
 
 def tensors(**changes: object) -> list[Tensor]:
@@ -63,6 +68,7 @@ def test_cpu_tensors_outside_the_interpreter() -> None:
     )
 
 
+@on_the_interpreter
 def test_interpreted_it_runs_on_request_and_is_never_chosen() -> None:
     query, key, value = tensors()
     with attn_ext.use_backend("triton"):
@@ -72,6 +78,7 @@ def test_interpreted_it_runs_on_request_and_is_never_chosen() -> None:
     assert explanation.reasons["triton"] == ["'cpu' is preferred"]
 
 
+@on_the_interpreter
 @pytest.mark.parametrize(
     ("changes", "options", "reason"),
     [
@@ -87,6 +94,16 @@ def test_interpreted_it_runs_on_request_and_is_never_chosen() -> None:
 def test_refusals(changes: dict[str, object], options: dict[str, object], reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         attn_ext.attention(*tensors(**changes), backend="triton", **options)
+
+
+@on_the_interpreter
+def test_offsets_that_32_bits_would_not_hold_are_refused() -> None:
+    mask = torch.empty_strided((4, 5), (2**24, 1), device="meta", dtype=torch.bool)
+    query = torch.empty(1, 2, 4, 8, device="meta")
+    key = torch.empty(1, 2, 5, 8, device="meta")
+    reasons = backend.not_supported_reasons(Problem.build(query, key, key, attn_mask=mask))
+    assert reasons[-1].startswith("attn_mask has strides of (")
+    assert reasons[-1].endswith("at most 8388608 between rows and columns would do")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +152,7 @@ def test_words_are_signed(number: int, word: int) -> None:
     assert launch.as_word(number) == word
 
 
+@on_the_interpreter
 def test_a_seed_on_the_device_is_not_read_by_the_host() -> None:
     """Its address goes to the kernel: on a meta tensor, which has no value, nothing else works."""
     query = torch.empty(1, 1, 4, 8, device="meta")
@@ -145,6 +163,7 @@ def test_a_seed_on_the_device_is_not_read_by_the_host() -> None:
     assert call.arguments["dropout"].seed_ptr is problem.seed
 
 
+@on_the_interpreter
 def test_a_seed_tensor_drops_the_same_weights() -> None:
     query = torch.randn(1, 2, 9, 8)
     seed = torch.tensor(-5)
