@@ -167,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES)
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
-    parser.add_argument("--output", type=pathlib.Path, help="where to write")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="where to write; rows of other architectures stay there"
+    )
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
     wanted = list(names(tuple(options.architectures)))
@@ -176,11 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(kernel_table(rows))
     console.print(target_table(rows))
     console.print(f"{sum(bool(row['spills']) for row in rows)} of {len(rows)} kernels spill")
-    everything = options.architectures == list(ARCHITECTURES)
-    output = options.output or (RESULTS if everything else None)
-    if output is not None:
-        output.write_text(as_text(rows))
-        console.print(f"written to {output}")
+    output = options.output or RESULTS
+    kept = committed(output) if output.exists() else {}
+    by_architecture = sorted(
+        [
+            *rows,
+            *(row for name, row in kept.items() if name.architecture not in options.architectures),
+        ],
+        key=lambda row: ARCHITECTURES.index(row["architecture"]),
+    )
+    output.write_text(as_text(by_architecture))
+    console.print(f"written to {output}")
 
 
 if __name__ == "__main__":
