@@ -160,7 +160,9 @@ def _amd_figures(assembly: str) -> dict[str, Any]:
     matrix = re.findall(r"^\s+(v_(?:s?mfma|s?wmma)\w+)", assembly, re.M)
     return {
         "registers": entry("vgpr_count"),
-        "spills": entry("vgpr_spill_count") + entry("sgpr_spill_count"),
+        "spills": entry("vgpr_spill_count"),
+        # These go to lanes of vector registers, not to memory.
+        "scalar_spills": entry("sgpr_spill_count"),
         "matrix_instructions": {x: matrix.count(x) for x in sorted(set(matrix))},
         "loops": [],
     }
