@@ -38,7 +38,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_queries": {
             32: _C(128, 64, 8, 2),
             64: _C(128, 64, 8, 2),
-            128: _C(64, 64, 8, 2),
+            128: _C(64, 32, 8, 2),
             256: _C(32, 32, 8, 1),
         },
         "backward_keys": {
@@ -64,7 +64,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_keys": {
             32: _C(64, 64, 4, 2),
             64: _C(64, 64, 4, 2),
-            128: _C(32, 128, 8, 2),
+            128: _C(32, 128, 8, 2, True),
             256: _C(32, 32, 8, 1),
         },
     },
@@ -72,7 +72,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "forward": {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 128, 8, 2, True),
-            128: _C(128, 64, 8, 2, True),
+            128: _C(128, 64, 8, 1, True),
             256: _C(64, 64, 8, 1, True),
         },
         "backward_queries": {
