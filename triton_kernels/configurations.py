@@ -38,7 +38,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_queries": {
             32: _C(128, 64, 8, 2),
             64: _C(128, 64, 8, 2),
-            128: _C(64, 32, 8, 2),
+            128: _C(32, 64, 8, 2),
             256: _C(32, 32, 8, 1),
         },
         "backward_keys": {
@@ -88,10 +88,25 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             256: _C(32, 32, 8, 1),
         },
     },
-    ("amd", 16): {  # MFMA and WMMA, within 64 KiB
+    ("amd", 16): {  # MFMA, within 64 KiB
         "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(64, 32), 256: _C(32, 32)},
         "backward_queries": {32: _C(64, 32), 64: _C(64, 32), 128: _C(32, 32), 256: _C(32, 16)},
         "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
+    },
+    ("rdna", 16): {  # 256 registers, and operands twice in a wavefront of 32
+        "forward": {32: _C(128, 32, 8), 64: _C(128, 32, 8), 128: _C(64, 16, 8), 256: _C(32, 16, 8)},
+        "backward_queries": {
+            32: _C(64, 32, 8),
+            64: _C(64, 32, 8),
+            128: _C(64, 16, 8),
+            256: _C(32, 16, 8),
+        },
+        "backward_keys": {
+            32: _C(32, 64, 8),
+            64: _C(32, 64, 8),
+            128: _C(16, 64, 8),
+            256: _C(16, 32, 8),
+        },
     },
     ("nvidia", 32): {
         "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 32, 8)},
@@ -119,7 +134,7 @@ _ONE_PASS = {
 def family_of(architecture: str, bits: int) -> str:
     """Which of NVIDIA's or AMD's architectures have a configuration in common."""
     if architecture.startswith("gfx"):
-        return "amd"
+        return "amd" if bits == 32 or architecture.startswith("gfx9") else "rdna"
     if bits == 32:
         return "nvidia"
     number = int(architecture.removeprefix("sm_"))
