@@ -6,7 +6,7 @@ NATIVE := setup.py setup_cuda.py pyproject.toml $(CSRC)
 RESULTS := bench/results
 CXX_FILES := $(CSRC) $(wildcard attn_ext/benchmark/*.cpp bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
-.PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report gpu lint format stubs wheel clean
+.PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report triton-report gpu lint format stubs wheel clean
 
 demo: .venv/built  ## train a small language model with stock attention and with ours, side by side
 	$(BIN)/python -m examples.demo
@@ -34,6 +34,9 @@ bench-cpu: .venv/built  ## the CPU kernels against their targets and the machine
 
 cuda-report: .venv/built  ## what nvcc makes of the CUDA kernels: registers, spills, instructions
 	$(BIN)/python -m bench.cuda_report
+
+triton-report: .venv/built  ## what Triton makes of the Triton kernels, for GPUs of NVIDIA and AMD
+	$(BIN)/python -m bench.compile_report
 
 gpu:  ## on a machine with a GPU: set up, build, test and measure; writes bench/results/gpu
 	PYTHON=$(PYTHON) bash bench/gpu.sh

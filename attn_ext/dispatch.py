@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from attn_ext.problem import Problem
 
-BACKENDS = ("cuda", "cpu", "reference")
-"""Every backend, the preferred ones first."""
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend; `preferred` puts them in order."""
+
+_ON_CPU = ("cpu", "reference")
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 _modules: dict[str, ModuleType] = {}
@@ -87,10 +92,8 @@ def select(problem: Problem, requested: str | None = None) -> ModuleType:
         if reasons:
             raise NotImplementedError(f"backend {name!r} can't run this: {'; '.join(reasons)}")
         return backend
-    on_cpu = problem.query.is_cpu
-    for name in BACKENDS:
-        if on_cpu and name == "cuda":
-            continue  # it would only say that it takes CUDA tensors, at a microsecond a call
+    query = problem.query
+    for name in _ON_CPU if query.is_cpu else preferred(query.device):
         backend = load(name)
         if not backend.not_supported_reasons(problem):
             if name == "reference":
@@ -104,13 +107,28 @@ def explain_problem(problem: Problem, requested: str | None = None) -> Explanati
     name = _wanted(requested)
     reasons = {other: load(other).not_supported_reasons(problem) for other in BACKENDS}
     if name is None:
-        chosen = next((other for other in BACKENDS if not reasons[other]), None)
+        order = preferred(problem.query.device)
+        chosen = next((other for other in order if not reasons[other]), None)
         note = f"{chosen!r} is preferred"
     else:
         chosen = None if reasons[name] else name
         note = f"{name!r} was requested"
     others = {other: why or [note] for other, why in reasons.items() if other != chosen}
     return Explanation(chosen, others)
+
+
+@functools.cache
+def preferred(device: torch.device) -> tuple[str, ...]:
+    """The backends that an automatic choice tries on a device, in this order.
+
+    Triton's compiler reaches the tensor cores of Hopper, Blackwell and AMD, and the hand-written
+    kernels are for what came before.
+    """
+    if device.type != "cuda":
+        return _ON_CPU
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (9, 0):
+        return ("triton", "cuda", "reference")
+    return ("cuda", "triton", "reference")
 
 
 def _wanted(requested: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """Fixtures: every backend of this machine, the CPU kernels once for each instruction set it has.
 
-The CUDA kernels are run by an emulator, once for each architecture whose code differs; and by the
-GPU where there is one (`pytest -m gpu`).
+The CUDA kernels are run by an emulator, once for each architecture whose code differs, the Triton
+kernels by Triton's interpreter; and by the GPU where there is one (`pytest -m gpu`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import interpreted  # first: kernels are defined as interpreted ones when triton is imported
+
+# isort: split
 import emulated
 import pytest
 import torch
@@ -24,6 +27,7 @@ BACKEND_IDS = [
     *(f"cpu-{name}" for name in CPU_CAPABILITIES),
     NEWEST,
     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS),
+    *(["triton"] if interpreted.INTERPRETS else []),
     "reference",
 ]
 if torch.cuda.is_available():
@@ -48,24 +52,31 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
-    """The emulated architectures are too slow for the full sweep itself."""
+    """What runs emulated or interpreted is too slow for the full sweep itself.
+
+    Of the rest, the interpreter has a part in every run, and all of it with `-m exhaustive`.
+    """
     slow = {
         item
         for item in items
-        if "cuda_emulated" in item.name
+        if re.search(r"cuda_emulated|\[triton\b", item.name)
         and any(x.name == "exhaustive" for x in getattr(item.function, "pytestmark", []))
     }
     config.hook.pytest_deselected(items=list(slow))
     items[:] = [item for item in items if item not in slow]
+    for item in items:
+        name = item.name.replace("[triton-", "[").replace("[triton]", "")
+        if name != item.name and name not in interpreted.BY_DEFAULT:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Skips a test of a problem that the CUDA kernels refuse, and are meant to."""
+    """Skips a test of a problem that the GPUs' kernels refuse, and are meant to."""
     try:
         return (yield)
     except NotImplementedError as error:
-        if re.match(emulated.REFUSALS, str(error)):
+        if re.match(f"{emulated.REFUSALS}|{interpreted.REFUSALS}", str(error)):
             pytest.skip(str(error))
         raise
 

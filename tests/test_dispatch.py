@@ -86,7 +86,7 @@ def test_explain() -> None:
     tensors = [torch.zeros(1, 2, 3, 4) for _ in range(3)]
     explanation = attn_ext.explain(*tensors, causal=True, dropout_p=0.1, seed=3)
     assert explanation.backend == "cpu"
-    assert list(explanation.reasons) == ["cuda", "reference"]
+    assert list(explanation.reasons) == ["cuda", "triton", "reference"]
     assert "query is on cpu, and this backend takes CUDA tensors" in explanation.reasons["cuda"]
     assert explanation.reasons["reference"] == ["'cpu' is preferred"]
     assert str(explanation).startswith("cpu would run\n  not cuda: ")

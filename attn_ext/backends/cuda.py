@@ -64,7 +64,7 @@ def backward(
     mask_gradient: bool,
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
-    dmask = _mask_gradient(problem) if mask_gradient else None
+    dmask = native.mask_gradient_of(problem) if mask_gradient else None
     row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
     settings = _settings(problem)
     return native.backward(_cuda, settings, problem, out, lse, dout, dlse, dmask, row_term)
@@ -79,7 +79,7 @@ def weights_backward(
     problem: Problem, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
 ) -> WeightsGradients:
     """Gradients of `weights`, LSE being an input of its own."""
-    dmask = _mask_gradient(problem) if mask_gradient else None
+    dmask = native.mask_gradient_of(problem) if mask_gradient else None
     settings = _settings(problem)
     return native.weights_backward(_cuda, settings, problem, lse, dweights, average, dmask)
 
@@ -110,12 +110,6 @@ def _allow_tf32(query: Tensor) -> bool:
 @functools.cache
 def _has_tf32(device: int) -> bool:
     return not _cuda.no_device_reason() and _cuda.compute_capability(device)[0] >= 8
-
-
-def _mask_gradient(problem: Problem) -> Tensor:
-    assert problem.attn_mask is not None
-    mask = problem.attn_mask
-    return torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
 
 
 def _not_built() -> str:

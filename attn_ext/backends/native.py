@@ -88,6 +88,13 @@ def weights_backward(
     return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
 
 
+def mask_gradient_of(problem: Problem) -> Tensor:
+    """Where a kernel writes the gradient of attn_mask, a value for each of its entries."""
+    assert problem.attn_mask is not None
+    mask = problem.attn_mask
+    return torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+
+
 def pairs(problem: Problem) -> tuple[int, int, int, int]:
     """The shape that has an entry for every query and key of every head."""
     return problem.batch, problem.query_heads, problem.query_length, problem.key_length

@@ -1,0 +1,197 @@
+"""The Triton kernels compiled for any architecture on a machine without it.
+
+What is compiled is what `attn_ext.triton_kernels.launch` would launch, through Triton's own
+just-in-time path: only the driver, which would ask the GPU what it is, is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attn_ext.problem import Problem
+from attn_ext.triton_kernels import launch
+from bench import sass
+from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "dropout": {"dropout_p": 0.1},
+}
+VARIANTS = (
+    ("float16", (64, 128, 256), ("plain", "causal")),
+    ("float32", (64, 128), ("plain",)),
+)
+"""(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
+WAVE64 = ("gfx9",)
+"""AMD's architectures with 64 threads a wavefront."""
+
+
+@dataclass(frozen=True, order=True)
+class Name:
+    """Which kernel: `kind` is what the problem asks for, one of KINDS."""
+
+    architecture: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.kernel} {self.dtype} {self.head_dim} {self.kind}"
+
+
+class OfflineDriver:
+    """What Triton asks of a driver in order to compile, for an architecture that is not there."""
+
+    def __init__(self) -> None:
+        self.architecture = ""
+
+    def get_current_device(self) -> str:
+        return self.architecture
+
+    def get_current_stream(self, device: str | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        kind, _, number = self.architecture.partition("_")
+        if kind == "sm":
+            return GPUTarget("cuda", int(number), 32)
+        return GPUTarget("hip", self.architecture, 64 if kind.startswith(WAVE64) else 32)
+
+
+_offline = OfflineDriver()
+
+
+def names(
+    architectures: tuple[str, ...] = ARCHITECTURES,
+    variants: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = VARIANTS,
+) -> Iterator[Name]:
+    """The kernels of the report."""
+    for architecture in architectures:
+        for dtype, head_dims, kinds in variants:
+            for head_dim in head_dims:
+                for kind in kinds:
+                    for kernel in ("forward", "backward_queries", "backward_keys"):
+                        yield Name(architecture, kernel, dtype, head_dim, kind)
+                yield Name(architecture, "weights", dtype, head_dim, "plain")
+
+
+def compiled(name: Name) -> Any:
+    """Triton's compiled kernel."""
+    if launch.INTERPRETED:
+        raise RuntimeError("the kernels of this process are interpreted; unset TRITON_INTERPRET")
+    _offline.architecture = name.architecture
+    driver.set_active(_offline)  # for good: this process launches nothing
+    call = _call(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call.kernel.warmup(**call.arguments, **call.options, grid=(call.grid,))
+
+
+def figures(name: Name, kernel: Any) -> dict[str, Any]:
+    """Registers, spills, shared memory and, for NVIDIA, blocks and the main loops."""
+    row: dict[str, Any] = {
+        "architecture": name.architecture,
+        "kernel": name.kernel,
+        "dtype": name.dtype,
+        "head_dim": name.head_dim,
+        "kind": name.kind,
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+    }
+    if name.architecture.startswith("gfx"):
+        return row | _amd_figures(kernel.asm["amdgcn"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.asm["cubin"])
+        (function,) = sass.disassemble(path)
+        (resources,) = sass.resources(path).values()
+    number = name.architecture.removeprefix("sm_")
+    multiprocessor = MULTIPROCESSORS[f"{number[:-1]}.{number[-1]}"]
+    threads = 32 * kernel.metadata.num_warps
+    return row | {
+        "registers": resources.registers,
+        "spills": function.count.units["local memory"],
+        "blocks_per_multiprocessor": multiprocessor.blocks_that_fit(
+            resources.registers, threads, kernel.metadata.shared
+        ),
+        "matrix_instructions": _matrix_instructions(function),
+        "loops": [
+            {
+                "instructions": loop.body.instructions,
+                "matrix_work": loop.body.matrix_work,
+                "per_matrix_unit": _rounded(loop.body.per_matrix_unit),
+            }
+            for loop in function.main_loops()
+        ],
+    }
+
+
+def _matrix_instructions(function: sass.Function) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for x in function.instructions:
+        if x.unit == "tensor":
+            found[x.name] = found.get(x.name, 0) + 1
+    return found
+
+
+def _amd_figures(assembly: str) -> dict[str, Any]:
+    """From the metadata that the compiler writes into its assembly."""
+
+    def entry(key: str) -> int:
+        match = re.search(rf"^\s+\.{key}:\s+(\d+)", assembly, re.M)
+        return int(match[1]) if match else 0
+
+    matrix = re.findall(r"^\s+(v_(?:s?mfma|s?wmma)\w+)", assembly, re.M)
+    return {
+        "registers": entry("vgpr_count"),
+        "spills": entry("vgpr_spill_count"),
+        # These go to lanes of vector registers, not to memory.
+        "scalar_spills": entry("sgpr_spill_count"),
+        "matrix_instructions": {x: matrix.count(x) for x in sorted(set(matrix))},
+        "loops": [],
+    }
+
+
+def _rounded(x: float | None) -> float | None:
+    return None if x is None else round(x, 2)
+
+
+def _call(name: Name) -> launch.Call:
+    """The call for 8 heads of 4096 queries and keys, contiguous and aligned."""
+    dtype = DTYPES[name.dtype]
+    tensor = torch.empty(2, 8, 4096, name.head_dim, dtype=dtype, device="meta")
+    lse = torch.empty(2, 8, 4096, device="meta")
+    problem = Problem.build(tensor, tensor, tensor, **KINDS[name.kind])
+    dropout = (1, 0) if problem.dropout_p else None
+    start = (name.architecture, 0, problem, dropout)
+    if name.kernel == "forward":
+        return launch.forward_call(*start, tensor, lse)
+    if name.kernel == "weights":
+        weights = torch.empty(2, 1, 4096, 4096, dtype=dtype, device="meta")
+        return launch.weights_call(*start, lse, weights, True)
+    calls = launch.backward_calls(
+        *start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse
+    )
+    return next(call for call in calls if call.kernel.__name__ == name.kernel)
+
+
+def measured(name: Name) -> dict[str, Any]:
+    """`figures` of a kernel compiled now. For a process of its own, as in a pool."""
+    os.nice(5)
+    return figures(name, compiled(name))

@@ -1,0 +1,202 @@
+"""The Triton backend: where it runs, what it refuses, and how it is launched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import interpreted
+import pytest
+import torch
+from torch import Tensor
+
+import attn_ext
+from attn_ext import dispatch
+from attn_ext.backends import triton as backend
+from attn_ext.problem import Problem
+from attn_ext.triton_kernels import configurations, launch
+
+on_the_interpreter = pytest.mark.skipif(
+    not interpreted.INTERPRETS, reason="with a GPU the kernels are not interpreted"
+)
+
+
+def tensors(**changes: object) -> list[Tensor]:
+    shape = {"head_dim": 8, "length": 5, "dtype": torch.float32, **changes}
+    return [
+        torch.zeros(1, 2, shape["length"], shape["head_dim"], dtype=shape["dtype"])
+        for _ in range(3)
+    ]
+
+
+def in_a_process_of_its_own(code: str) -> str:
+    """What a process prints whose kernels are not interpreted."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_an_automatic_choice_on_cpu_tensors_does_not_even_import_it() -> None:
+    code = (
+        "import sys, torch, attn_ext; x = torch.zeros(1, 1, 3, 4); attn_ext.attention(x, x, x);"
+        "print('attn_ext.backends.triton' in sys.modules, 'attn_ext.triton_kernels' in sys.modules)"
+    )
+    assert in_a_process_of_its_own(code).split() == ["False", "False"]
+
+
+def test_without_triton_that_is_only_a_reason() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, attn_ext;"
+        "x = torch.zeros(1, 1, 3, 4); print(attn_ext.explain(x, x, x))"
+    )
+    printed = in_a_process_of_its_own(code)
+    assert printed.startswith("cpu would run")
+    assert "not triton: triton can't be imported" in printed
+    assert "`pip install triton` would do" in printed
+
+
+def test_cpu_tensors_outside_the_interpreter() -> None:
+    code = (
+        "import torch, attn_ext; x = torch.zeros(1, 1, 3, 4);\n"
+        "try: attn_ext.attention(x, x, x, backend='triton')\n"
+        "except NotImplementedError as error: print(error)"
+    )
+    assert "in Triton's interpreter, TRITON_INTERPRET=1, it takes CPU" in in_a_process_of_its_own(
+        code
+    )
+
+
+@on_the_interpreter
+def test_interpreted_it_runs_on_request_and_is_never_chosen() -> None:
+    query, key, value = tensors()
+    with attn_ext.use_backend("triton"):
+        assert attn_ext.explain(query, key, value).backend == "triton"
+    explanation = attn_ext.explain(query, key, value)
+    assert explanation.backend == "cpu"
+    assert explanation.reasons["triton"] == ["'cpu' is preferred"]
+
+
+@on_the_interpreter
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({"dtype": torch.float64}, {}, "query is float64; float32, float16 or bfloat16 would do"),
+        ({"head_dim": 257}, {}, "query has a head_dim of 257; at most 256 would do"),
+        (
+            {},
+            {"alibi_slopes": torch.ones(2), "q_start": 2**31},
+            "q_start and k_start are 2147483648 and 0 with alibi_slopes",
+        ),
+    ],
+)
+def test_refusals(changes: dict[str, object], options: dict[str, object], reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=reason):
+        attn_ext.attention(*tensors(**changes), backend="triton", **options)
+
+
+@on_the_interpreter
+def test_offsets_that_32_bits_would_not_hold_are_refused() -> None:
+    mask = torch.empty_strided((4, 5), (2**24, 1), device="meta", dtype=torch.bool)
+    query = torch.empty(1, 2, 4, 8, device="meta")
+    key = torch.empty(1, 2, 5, 8, device="meta")
+    reasons = backend.not_supported_reasons(Problem.build(query, key, key, attn_mask=mask))
+    assert reasons[-1].startswith("attn_mask has strides of (")
+    assert reasons[-1].endswith("at most 8388608 between rows and columns would do")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "first"),
+    [((7, 5), None, "cuda"), ((8, 9), None, "cuda"), ((9, 0), None, "triton"),
+     ((12, 0), None, "triton"), ((9, 4), "6.4", "triton")],
+)  # fmt: skip
+def test_newer_gpus_prefer_it(
+    capability: tuple[int, int], hip: str | None, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    dispatch.preferred.cache_clear()
+    assert dispatch.preferred(torch.device("cuda", 0))[0] == first
+    dispatch.preferred.cache_clear()
+
+
+def test_every_architecture_has_a_configuration_of_every_width() -> None:
+    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a",
+                         "gfx942", "gfx1100", "gfx1201"):  # fmt: skip
+        for kernel in ("forward", "backward_queries", "backward_keys", "weights", "mask_gradient"):
+            for bits in (16, 32):
+                for width in (16, 32, 64, 128, 256):
+                    found = configurations.configuration_of(kernel, architecture, bits, width)
+                    assert found.BLOCK_M % 16 == 0
+                    assert found.BLOCK_N % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
+)
+def test_precision_of_float32(setting: str, wanted: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert launch.precision("sm_90") == wanted
+        assert launch.precision("gfx942") == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(0, 0), (2**31, -(2**31)), (2**32 - 1, -1), (2**63 + 11, 11), (-1, -1)]
+)
+def test_words_are_signed(number: int, word: int) -> None:
+    assert launch.as_word(number) == word
+
+
+@on_the_interpreter
+def test_a_seed_on_the_device_is_not_read_by_the_host() -> None:
+    """Its address goes to the kernel: on a meta tensor, which has no value, nothing else works."""
+    query = torch.empty(1, 1, 4, 8, device="meta")
+    problem = Problem.build(query, query, query, dropout_p=0.5)
+    problem.seed = torch.empty((), dtype=torch.int64, device="meta")
+    settings, passed = backend._settings(problem)
+    call = launch.forward_call("sm_90", settings[1], passed, (1, 0), query, None)
+    assert call.arguments["dropout"].seed_ptr is problem.seed
+
+
+@on_the_interpreter
+def test_a_seed_tensor_drops_the_same_weights() -> None:
+    query = torch.randn(1, 2, 9, 8)
+    seed = torch.tensor(-5)
+    problem = Problem.build(query, query, query, dropout_p=0.5)
+    lse = torch.zeros(1, 2, 9)
+    results = []
+    for given in (seed, int(seed)):
+        problem.seed = given
+        results.append(backend.weights(problem, lse, False))
+    assert torch.equal(*results)
+
+
+def test_what_hides_nothing_is_not_passed() -> None:
+    """A limit that is beyond every key costs no code."""
+    query, key = torch.empty(1, 1, 1, 8), torch.empty(1, 1, 9, 8)
+    decoding = Problem.build(query, key, key, causal="lower_right", window=(20, None))
+    assert launch._reach(decoding) == (None, None)
+    assert launch._reach(decoding.replace(window=(3, -1))) == (5, None)
+    far = Problem.build(query, key, key, causal=True, q_start=2**40)
+    assert launch._reach(far) == (None, None)
+    nothing = Problem.build(query, key, key, causal=True, k_start=2**40)
+    assert launch._reach(nothing) == (None, -1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.empty(2, 3, 5, 8), True),
+        (torch.empty(2, 3, 5, 7), False),
+        (torch.empty(2, 5, 3, 8).transpose(1, 2), True),
+        (torch.empty(1, 3, 5, 8).expand(2, -1, -1, -1), False),
+        (torch.empty(2, 3, 5, 9)[..., 1:], False),
+    ],
+)
+def test_what_hardware_can_copy(tensor: Tensor, expected: bool) -> None:
+    assert launch.has_descriptor(tensor) is expected

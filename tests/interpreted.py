@@ -1,0 +1,134 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors: what lets tests run them.
+
+Importing this module before anything imports triton makes every kernel of this process an
+interpreted one. It repairs what the interpreter of triton 3.9 gets wrong: a product of bfloat16
+multiplies their bits, and rounding to bfloat16 truncates. It also makes it twice as fast, and
+multiplies float32 as tensor cores do, so that the contract suite judges input_precision too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+INTERPRETS = not torch.cuda.is_available()
+"""A process has the kernels interpreted or compiled, not both: with a GPU, they run there."""
+
+if INTERPRETS:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and then each kernel, is defined
+try:
+    import triton.experimental.gluon  # noqa: F401 - a launch imports it, when it is too late
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    import attn_ext.triton_kernels.launch  # noqa: F401
+finally:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+# Problems that these kernels leave to other backends; any other refusal is a failure.
+REFUSALS = (
+    r"backend 'triton' can't run this: (query is float64|query has a head_dim of (384|512); )"
+)
+
+# What the interpreter runs of the contract suite in every run: about two minutes.
+BY_DEFAULT = {
+    *(
+        f"test_case_in_float32[{case}]"
+        for case in (
+            "plain", "grouped_heads", "causal_lower_right_tall", "window", "bool_mask_heads",
+            "float_mask_keys", "padding_float", "softcap_grouped_causal", "alibi_per_batch",
+            "sinks_and_hidden_rows", "dropout_shifted", "positions_far_away", "everything",
+            "one_by_one", "negative_scale", "no_scale", "no_keys_with_sinks", "no_queries",
+            "no_value_dim", "length_65",
+        )
+    ),
+    "test_case_in_other_dtypes[float_mask-bfloat16]",
+    "test_case_in_other_dtypes[plain-float16]",
+    "test_case_in_other_dtypes[plain-float64]",
+    "test_any_strides[bfloat16-head_dim not contiguous]",
+    "test_any_strides[float32-broadcast batch]",
+    "test_output_lies_in_querys_memory_order",
+    "test_garbage_reaches_only_rows_that_see_it[causal-key-nan]",
+    "test_garbage_reaches_only_rows_that_see_it[padding-value-inf]",
+    "test_rows_without_keys",
+    "test_dropout_is_the_same_everywhere",
+    "test_weights_are_the_ones_used[True]",
+    "test_mask_dtypes[bfloat16-float32]",
+    "test_mask_without_a_key_dimension[shape1]",
+}  # fmt: skip
+
+
+def _widened(handle: interpreter.TensorHandle) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """Rounded to the 10 bits of TF32, ties away from zero, as cvt.rna.tf32.f32 does."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def _product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
+    if precision == "TF32":
+        return np.matmul(_tf32(a), _tf32(b))
+    if precision == "TF32x3":
+        big_a, big_b = _tf32(a), _tf32(b)
+        with np.errstate(invalid="ignore"):
+            small_a, small_b = _tf32(a - big_a), _tf32(b - big_b)
+        small_a, small_b = (np.where(np.isfinite(x), x, 0) for x in (small_a, small_b))
+        return np.matmul(big_a, big_b) + (np.matmul(big_a, small_b) + np.matmul(small_a, big_b))
+    return np.matmul(a, b)
+
+
+class _Builder(interpreter.InterpreterBuilder):
+    """The repaired operations."""
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = _product(_widened(a), _widened(b), str(input_precision).rpartition(".")[2])
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return interpreter.TensorHandle(_widened(src), target)
+        if source == tl.float32 and target == tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat16(src.data), target)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        return self.cast_impl(src, dst_type)
+
+
+@functools.cache
+def _patch_language_of(module: str, function: Callable[..., object]) -> None:
+    """What Triton's own device functions call; it stays patched."""
+    if module.startswith("triton."):
+        interpreter._patch_lang(function)
+
+
+def _call(function: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+    """A device function's call. The kernel that it is in has patched triton.language already."""
+    _patch_language_of(function.fn.__module__, function.fn)
+    return function.rewrite()(*args, **kwargs)
+
+
+interpreter.interpreter_builder.__class__ = _Builder
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
+interpreter.InterpretedFunction.__call__ = _call

@@ -1,0 +1,158 @@
+"""Block sizes, warps and pipeline stages, for each kernel, family of architectures and head_dim.
+
+Chosen from `python -m bench.compile_report`: nothing spills where a choice without spills was found
+(float32 with a head_dim above 128 has none), shared memory fits, and the main loop has few
+instructions for its matrix products. None has been timed: there was no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Configuration(NamedTuple):
+    """`descriptors`: whether the tiles that pass by are copied by hardware (TMA)."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 1
+    descriptors: bool = False
+
+
+INTERPRETED = Configuration(32, 32, descriptors=True)
+"""So small that the sizes of tests cross blocks."""
+
+_C = Configuration
+
+# By family and bits of an element; for each kernel, by width: the larger head_dim, rounded up to a
+# power of 2, at least 32.
+_TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
+    ("mma", 16): {  # mma.sync: compute capability 8.x and 12.x, within 99 KiB
+        "forward": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 128, 8, 2),
+            128: _C(128, 64, 8, 2),
+            256: _C(64, 64, 8, 1),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 64, 8, 2),
+            128: _C(32, 64, 8, 2),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 128, 8, 2),
+            64: _C(32, 128, 8, 2),
+            128: _C(64, 64, 8, 2),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("wgmma", 16): {
+        "forward": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 128, 8, 2, True),
+            128: _C(64, 128, 4, 1, True),
+            256: _C(64, 64, 8, 1, True),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2),
+            64: _C(128, 128, 8, 2),
+            128: _C(64, 64, 4, 2),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 64, 4, 2),
+            64: _C(64, 64, 4, 2),
+            128: _C(32, 128, 8, 2, True),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("tcgen05", 16): {
+        "forward": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 128, 8, 2, True),
+            128: _C(128, 64, 8, 1, True),
+            256: _C(64, 64, 8, 1, True),
+        },
+        "backward_queries": {
+            32: _C(128, 64, 8, 2, True),
+            64: _C(128, 64, 8, 2, True),
+            128: _C(64, 64, 8, 2, True),
+            256: _C(32, 32, 8, 1),
+        },
+        "backward_keys": {
+            32: _C(64, 128, 8, 2, True),
+            64: _C(64, 128, 8, 1, True),
+            128: _C(64, 64, 8, 1, True),
+            256: _C(32, 32, 8, 1),
+        },
+    },
+    ("amd", 16): {  # MFMA, within 64 KiB
+        "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(64, 32), 256: _C(32, 32)},
+        "backward_queries": {32: _C(64, 32), 64: _C(64, 32), 128: _C(32, 32), 256: _C(32, 16)},
+        "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
+    },
+    ("rdna", 16): {  # 256 registers, and operands twice in a wavefront of 32
+        "forward": {32: _C(128, 32, 8), 64: _C(128, 32, 8), 128: _C(64, 16, 8), 256: _C(32, 16, 8)},
+        "backward_queries": {
+            32: _C(64, 32, 8),
+            64: _C(64, 32, 8),
+            128: _C(64, 16, 8),
+            256: _C(32, 16, 8),
+        },
+        "backward_keys": {
+            32: _C(32, 64, 8),
+            64: _C(32, 64, 8),
+            128: _C(16, 64, 8),
+            256: _C(16, 32, 8),
+        },
+    },
+    ("nvidia", 32): {
+        "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 32, 8)},
+        "backward_queries": {
+            32: _C(32, 32),
+            64: _C(32, 32),
+            128: _C(16, 32, 8),
+            256: _C(16, 16, 8),
+        },
+        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16, 8)},
+    },
+    ("amd", 32): {
+        "forward": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+        "backward_queries": {32: _C(32, 16), 64: _C(32, 16), 128: _C(16, 16), 256: _C(16, 16)},
+        "backward_keys": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16), 256: _C(16, 16)},
+    },
+}
+_ONE_PASS = {
+    16: {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
+    32: {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+}
+"""By bits and width: of the weights and the mask's gradient, whose loops are over heads."""
+
+
+def family_of(architecture: str, bits: int) -> str:
+    """Which of NVIDIA's or AMD's architectures have a configuration in common."""
+    if architecture.startswith("gfx"):
+        return "amd" if bits == 32 or architecture.startswith("gfx9") else "rdna"
+    if bits == 32:
+        return "nvidia"
+    number = int(architecture.removeprefix("sm_"))
+    return {9: "wgmma", 10: "tcgen05"}.get(number // 10, "mma")
+
+
+def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> Configuration:
+    """The configuration of a kernel.
+
+    Args:
+        kernel: its name.
+        architecture: "sm_80", "gfx942" and the like, or "interpreter".
+        bits: of an element of query.
+        width: the larger head_dim, rounded up to a power of 2.
+    """
+    if architecture == "interpreter":
+        return INTERPRETED
+    width = max(width, 32)
+    if kernel in ("weights", "mask_gradient"):
+        return _ONE_PASS[bits][width]
+    return _TABLE[family_of(architecture, bits), bits][kernel][width]

@@ -1,0 +1,434 @@
+"""From a `Problem` to kernel calls: what `attn_ext.backends.native` takes for a native module.
+
+Every function makes its calls (`*_calls`), which bench/compile_report.py compiles for other
+machines, and runs them on the current stream of the tensors' device. Nothing waits for the device:
+a seed on it is read there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.triton_kernels.arguments import (
+    Dropout,
+    KeyMask,
+    Pairs,
+    Reach,
+    Rows,
+    Scoring,
+    Shape,
+    Sizes,
+)
+from attn_ext.triton_kernels.backward_keys import backward_keys
+from attn_ext.triton_kernels.backward_queries import backward_queries
+from attn_ext.triton_kernels.configurations import configuration_of
+from attn_ext.triton_kernels.forward import forward as forward_kernel
+from attn_ext.triton_kernels.mask_gradient import mask_gradient
+from attn_ext.triton_kernels.row_terms import row_terms
+from attn_ext.triton_kernels.weights import weights as weights_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether this process interprets the kernels; it is settled when they are defined."""
+
+LOG2_E = 1.4426950408889634
+
+
+class Call(NamedTuple):
+    """A kernel with its grid, its arguments and the compiler's options."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        if self.grid > 0:
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+def forward(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    out: Tensor,
+    lse: Tensor | None,
+    for_weights: bool,
+) -> None:
+    """Writes out and lse."""
+    with _device_of(problem):
+        forward_call(architecture, seed, problem, dropout, out, lse).run()
+
+
+def forward_call(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> Call:
+    """One program for each block of rows."""
+    config = configuration_of("forward", architecture, *_size_of(problem))
+    arguments = {
+        "q": rows_of(problem.query),
+        "k": tiles_of(problem.key, config.BLOCK_N, config),
+        "v": tiles_of(problem.value, config.BLOCK_N, config),
+        "out": rows_of(out),
+        "lse": None if lse is None else rows_of(lse),
+        "sinks_ptr": None if problem.sinks is None else problem.sinks.contiguous(),
+        **_settings(architecture, seed, problem, dropout, config),
+    }
+    blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
+    grid = problem.batch * problem.query_heads * blocks
+    return Call(forward_kernel, grid, arguments, _options(config))
+
+
+def backward(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    out: Tensor | None,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    share: float,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor | None,
+    dmask: Tensor | None,
+    row_term: Tensor,
+) -> None:
+    """Writes dquery, dkey, dvalue, dmask (if given) and row_term.
+
+    With dweights, times share, in place of out, dout and dlse: of weights; row_term is then dlse.
+    """
+    calls = backward_calls(
+        architecture, seed, problem, dropout, out, lse, dout, dlse, dweights, share,
+        dquery, dkey, dvalue, dmask, row_term,
+    )  # fmt: skip
+    with _device_of(problem):
+        for call in calls:
+            call.run()
+
+
+def backward_calls(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    out: Tensor | None,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    share: float,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor | None,
+    dmask: Tensor | None,
+    row_term: Tensor,
+) -> list[Call]:
+    """The row terms first; what comes after them in any order."""
+    for_weights = dweights is not None
+    common = {
+        "q": rows_of(problem.query),
+        "k": rows_of(problem.key),
+        "v": rows_of(problem.value),
+        "dout": None if dout is None else rows_of(dout),
+        "lse": rows_of(lse),
+        "terms": None if for_weights else rows_of(row_term),
+        "dweights": None if dweights is None else pairs_of(dweights),
+        "share": share,
+    }
+    size = _size_of(problem)
+
+    def call(kernel: Any, name: str, programs: Any, passing: Any, **more: Any) -> Call:
+        config = configuration_of(name, architecture, *size)
+        settings = _settings(architecture, seed, problem, dropout, config)
+        return Call(
+            kernel,
+            programs(config),
+            {**common, **passing(config), **more, **settings},
+            _options(config),
+        )
+
+    batch, heads, key_heads = problem.batch, problem.query_heads, problem.key.shape[1]
+    calls = []
+    if out is not None and dout is not None:
+        calls.append(_row_terms_call(problem, out, dout, dlse, row_term))
+    calls.append(
+        call(
+            backward_queries,
+            "backward_queries",
+            lambda c: batch * heads * triton.cdiv(problem.query_length, c.BLOCK_M),
+            lambda c: {
+                "k": tiles_of(problem.key, c.BLOCK_N, c),
+                "v": tiles_of(problem.value, c.BLOCK_N, c),
+            },
+            dq=rows_of(dquery),
+            dlse=rows_of(row_term) if for_weights else None,
+        )
+    )
+    calls.append(
+        call(
+            backward_keys,
+            "backward_keys",
+            lambda c: batch * key_heads * triton.cdiv(problem.key_length, c.BLOCK_N),
+            lambda c: {
+                "q": tiles_of(problem.query, c.BLOCK_M, c),
+                "dout": None if dout is None else tiles_of(dout, c.BLOCK_M, c),
+            },
+            dk=rows_of(dkey),
+            dv=None if dvalue is None else rows_of(dvalue),
+        )
+    )
+    if dmask is not None:
+        over = [n == 1 for n in dmask.shape]
+        names = ("OVER_BATCHES", "OVER_HEADS", "OVER_ROWS", "OVER_KEYS")
+        calls.append(
+            call(
+                mask_gradient,
+                "mask_gradient",
+                lambda c: _mask_programs(dmask, c),
+                lambda c: {},
+                dmask=pairs_of(dmask),
+                batches=batch,
+                **dict(zip(names, over, strict=True)),
+            )
+        )
+    return calls
+
+
+def weights(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    lse: Tensor,
+    result: Tensor,
+    average: bool,
+) -> None:
+    """Writes the weights, (B, Hq, Lq, Lk), or (B, 1, Lq, Lk) for their mean over heads."""
+    with _device_of(problem):
+        weights_call(architecture, seed, problem, dropout, lse, result, average).run()
+
+
+def weights_call(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    lse: Tensor,
+    result: Tensor,
+    average: bool,
+) -> Call:
+    """One program for each tile of the result."""
+    config = configuration_of("weights", architecture, *_size_of(problem))
+    arguments = {
+        "q": rows_of(problem.query),
+        "k": rows_of(problem.key),
+        "lse": rows_of(lse),
+        "out": pairs_of(result),
+        "AVERAGE": average,
+        **_settings(architecture, seed, problem, dropout, config),
+    }
+    row_blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
+    key_blocks = triton.cdiv(problem.key_length, config.BLOCK_N)
+    heads = min(problem.query_heads, 1) if average else problem.query_heads
+    grid = problem.batch * heads * row_blocks * key_blocks
+    return Call(weights_kernel, grid, arguments, _options(config))
+
+
+def _row_terms_call(
+    problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, row_term: Tensor
+) -> Call:
+    block = 32
+    arguments = {
+        "out": rows_of(out),
+        "dout": rows_of(dout),
+        "dlse": None if dlse is None else rows_of(dlse),
+        "terms": rows_of(row_term),
+        "sizes": _sizes(problem),
+        "VALUE_DIM": problem.value.shape[3],
+        "BLOCK_M": block,
+        "BLOCK_DV": block_of(problem.value.shape[3]),
+    }
+    blocks = triton.cdiv(problem.query_length, block)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return Call(row_terms, problem.batch * problem.query_heads * blocks, arguments, options)
+
+
+def _mask_programs(dmask: Tensor, config: Any) -> int:
+    batches, heads, rows, keys = dmask.shape
+    row_blocks, key_blocks = triton.cdiv(rows, config.BLOCK_M), triton.cdiv(keys, config.BLOCK_N)
+    return batches * heads * row_blocks * key_blocks
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """A tensor (B, H, L, D), copied if its rows are not contiguous, or (B, H, L)."""
+    if tensor.dim() == 4 and tensor.stride(3) != 1 and tensor.shape[3] > 1:
+        tensor = tensor.contiguous()
+    return Rows(tensor, *tensor.stride()[:3])
+
+
+def tiles_of(tensor: Tensor, length: int, config: Any) -> Rows:
+    """A tensor (B, H, L, D) that passes by in tiles of `length` rows."""
+    rows = rows_of(tensor)
+    tensor = rows.ptr
+    if not config.descriptors or not has_descriptor(tensor):
+        return rows
+    # A dimension of size 1 has any stride that is a multiple of 16 bytes.
+    strides = [16 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    block = [1, 1, length, block_of(tensor.shape[3])]
+    descriptor = TensorDescriptor(tensor, [*tensor.shape], [*strides[:3], 1], block)
+    return rows._replace(descriptor=descriptor)
+
+
+def has_descriptor(tensor: Tensor) -> bool:
+    """Whether hardware that copies tiles can address a tensor."""
+    size = tensor.element_size()
+    strides = (s * size for n, s in zip(tensor.shape[:3], tensor.stride(), strict=False) if n > 1)
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    )
+
+
+def pairs_of(tensor: Tensor) -> Pairs:
+    """A tensor that broadcasts to (B, Hq, Lq, Lk)."""
+    strides = (0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return Pairs(tensor, *strides)
+
+
+def _settings(
+    architecture: str,
+    seed: int | Tensor,
+    problem: Problem,
+    dropout: tuple[int, int] | None,
+    config: Any,
+) -> dict[str, Any]:
+    """What all kernels take."""
+    reach = _reach(problem)
+    mask, key_mask = problem.attn_mask, problem.key_padding_mask
+    slopes = problem.alibi_slopes
+    floats = any(m is not None and m.is_floating_point() for m in (mask, key_mask))
+    scoring = Scoring(
+        scale=problem.scale,
+        softcap=problem.softcap or None,
+        alibi_slopes=None if slopes is None else _slopes(slopes),
+        diagonal=None if slopes is None else problem.diagonal,
+        mask=None if mask is None else pairs_of(mask),
+        key_mask=None if key_mask is None else KeyMask(key_mask, *key_mask.stride()),
+    )
+    single = problem.query.dtype is torch.float32
+    folds = problem.scale > 0 and not (problem.softcap or floats or slopes is not None)
+    hides = mask is not None or key_mask is not None or reach != Reach(None, None)
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    return {
+        "scoring": scoring,
+        "reach": reach,
+        "dropout": None if dropout is None else _dropout(problem, seed, dropout[0]),
+        "sizes": _sizes(problem),
+        "shape": Shape(
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_D=block_of(head_dim),
+            BLOCK_DV=block_of(value_dim),
+            UNIT=1.0 if single else LOG2_E,
+            FOLD=folds,
+            HIDES=hides,
+            IN_FOURS=problem.k_start % 4 == 0,
+            PRECISION=precision(architecture) if single else None,
+        ),
+    }
+
+
+def _sizes(problem: Problem) -> Sizes:
+    group = problem.query_heads // max(problem.key.shape[1], 1)
+    return Sizes(problem.query_heads, group, problem.query_length, problem.key_length)
+
+
+def block_of(width: int) -> int:
+    """The power of 2 that holds a head_dim; 16 is the least that tl.dot takes."""
+    return max(triton.next_power_of_2(width), 16)
+
+
+def precision(architecture: str) -> str:
+    """How float32 is multiplied, after torch.get_float32_matmul_precision().
+
+    "highest" is the sum of three TF32 products on NVIDIA, which is about as exact as float32, and
+    float32 itself on AMD.
+    """
+    highest = torch.get_float32_matmul_precision() == "highest"
+    if architecture.startswith("gfx"):
+        return "ieee"
+    return "tf32x3" if highest else "tf32"
+
+
+def _reach(problem: Problem) -> Reach:
+    """The problem's reach, less what hides nothing; within what 32 bits hold."""
+    left, right = problem.reach
+    rows, keys = problem.query_length, problem.key_length
+    low = high = None
+    if left != UNLIMITED and problem.diagonal - left > 1 - rows:
+        low = min(problem.diagonal - left, keys)
+    if right != UNLIMITED and problem.diagonal + right < keys - 1:
+        high = max(problem.diagonal + right, -rows)
+    return Reach(low, high)
+
+
+def _slopes(slopes: Tensor) -> Rows:
+    stride_b, stride_h = (0, *slopes.stride()) if slopes.dim() == 1 else slopes.stride()
+    return Rows(slopes, stride_b, stride_h, 0)
+
+
+def _dropout(problem: Problem, seed: int | Tensor, threshold: int) -> Dropout:
+    on_device = isinstance(seed, Tensor) and seed.device == problem.query.device
+    number = 0 if on_device else int(seed)
+    return Dropout(
+        threshold=as_word(threshold),
+        factor=1 / (1 - problem.dropout_p),
+        seed_low=as_word(number),
+        seed_high=as_word(number >> 32),
+        seed_ptr=seed if on_device else None,
+        offset=as_word(problem.offset),
+        q_start=as_word(problem.q_start),
+        k_start=as_word(problem.k_start),
+    )
+
+
+def as_word(number: int) -> int:
+    """The low 32 bits, as a signed number: one type of argument whatever the value."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _size_of(problem: Problem) -> tuple[int, int]:
+    width = max(problem.query.shape[3], problem.value.shape[3])
+    return problem.query.element_size() * 8, block_of(width)
+
+
+def _options(config: Any) -> dict[str, Any]:
+    # Fused multiply-adds are what the kernels count on; Triton is about to change its default.
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _device_of(problem: Problem) -> contextlib.AbstractContextManager[Any]:
+    query = problem.query
+    return torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()

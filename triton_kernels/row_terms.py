@@ -1,0 +1,44 @@
+"""Backward pass, before the rest: term = sum(dO * O) - dlse, a value a row.
+
+Grid: a program for BLOCK_M rows of one head; it reads O and dO once. In float64: the term is
+subtracted from every dP, which it nearly cancels where few keys are visible.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def row_terms(
+    out,
+    dout,
+    dlse,  # or None
+    terms,
+    sizes,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    length = sizes.query_length
+    blocks = tl.cdiv(length, BLOCK_M)
+    index = tl.program_id(0)
+    start_m = index % blocks * BLOCK_M
+    head, batch = index // blocks % sizes.query_heads, index // blocks // sizes.query_heads
+    rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_DV)[None, :]
+    outputs = head_of(out, batch, head, length)
+    gradients = head_of(dout, batch, head, length)
+    o = load_tile(outputs, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
+    do = load_tile(gradients, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
+    term = tl.sum(o * do, 1)
+    offs_m = tl.arange(0, BLOCK_M)
+    exists = offs_m < length - start_m
+    row = (start_m + offs_m).to(tl.int64)
+    if dlse is not None:
+        pointers = start_of(dlse, batch, head) + row * dlse.stride_l
+        term -= tl.load(pointers, mask=exists, other=0.0)
+    pointers = start_of(terms, batch, head) + row * terms.stride_l
+    tl.store(pointers, term.to(tl.float32), mask=exists)

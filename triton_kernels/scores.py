@@ -1,0 +1,264 @@
+"""From products of query and key to scores and weights: the terms of the contract, a tile at once.
+
+Scores are kept in units of log2, so that a weight is one exp2 (UNIT is log2(e)); for float32 in
+natural units (UNIT is 1), because rounding LSE to another unit would cost precision. A hidden
+pair's score is -inf, set by selection: a NaN behind a mask stays there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attn_ext.triton_kernels.arguments import Head
+
+LN2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
+CAREFUL = tl.constexpr(16)
+"""How many rows or keys at a time are done again, see `forward`."""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def exp_of(x, UNIT: tl.constexpr):
+    """exp of a number in score units."""
+    if UNIT == 1:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def tanh_of(x, UNIT: tl.constexpr):
+    """tanh, within two roundings where scores are natural, else with an absolute error of one."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(x < 0, -t, t)
+    if UNIT == 1:
+        # The quotient cancels near 0. The series' next term is below 1e-8 there.
+        y = x * x
+        series = 1382.0 / 155925 - y * (21844.0 / 6081075)
+        series = 62.0 / 2835 - y * series
+        series = 17.0 / 315 - y * series
+        series = 2.0 / 15 - y * series
+        series = 1.0 / 3 - y * series
+        t = tl.where(y < 0.125, x - x * y * series, t)
+    return t
+
+
+@triton.jit
+def start_of(rows, batch, head):
+    """Where one head starts."""
+    return (
+        rows.ptr
+        + tl.cast(batch, tl.int64) * rows.stride_b
+        + tl.cast(head, tl.int64) * rows.stride_h
+    )
+
+
+@triton.jit
+def head_of(rows, batch, head, length):
+    """One head of a tensor, as a source of tiles."""
+    return Head(
+        start_of(rows, batch, head), rows.stride_l, length, rows.descriptor, batch, head
+    )  # fmt: skip
+
+
+@triton.jit
+def load_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """The rows of a head from `start` on; zeros beyond WIDTH and, where EDGE looks for it,
+    beyond its length. `rows` (L, 1) and `columns` (1, D), or transposed, count from the start."""
+    WHOLE: tl.constexpr = columns.shape[0] * columns.shape[1] == WIDTH
+    pointers = head.base + tl.cast(start, tl.int64) * head.stride + (rows * head.stride + columns)
+    if EDGE and WHOLE:
+        return tl.load(pointers, mask=rows < head.length - start, other=0.0)
+    elif EDGE:
+        inside = (rows < head.length - start) & (columns < WIDTH)
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=columns < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_passing_tile(head, start, rows, columns, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """The same of a tile of BLOCK_M or BLOCK_N rows, for which there may be a descriptor: zeros
+    beyond the width and the length are then the hardware's."""
+    if head.descriptor is None:
+        return load_tile(head, start, rows, columns, WIDTH, EDGE)
+    else:
+        tile = head.descriptor.load([head.batch, head.head, tl.cast(start, tl.int32), 0])
+        L: tl.constexpr = rows.shape[0] * rows.shape[1]
+        D: tl.constexpr = columns.shape[0] * columns.shape[1]
+        tile = tl.reshape(tile, (L, D))
+        if rows.shape[0] == 1:
+            return tl.trans(tile)
+        else:
+            return tile
+
+
+@triton.jit
+def store_tile(head, start, rows, columns, x, WIDTH: tl.constexpr):
+    """Writes what exists of a tile."""
+    pointers = head.base + tl.cast(start, tl.int64) * head.stride + (rows * head.stride + columns)
+    inside = (rows < head.length - start) & (columns < WIDTH)
+    tl.store(pointers, x.to(head.base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.constexpr):
+    """A value a row, of LSE or the row terms; with EDGE, `other` beyond the last one."""
+    base = start_of(values, tile.batch, tile.head)
+    pointers = base + tl.cast(tile.start_m, tl.int64) * values.stride_l + rows * values.stride_l
+    if EDGE:
+        return tl.load(pointers, mask=rows < length - tile.start_m, other=other)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_pairs(pairs, tile, sizes):
+    """A tile of a tensor of pairs; beyond the last row and key, the last one's entries."""
+    base = start_of(pairs, tile.batch, tile.head)
+    base += (
+        tl.cast(tile.start_m, tl.int64) * pairs.stride_m
+        + tl.cast(tile.start_n, tl.int64) * pairs.stride_n
+    )
+    rows = tl.minimum(tile.rows, sizes.query_length - 1 - tile.start_m)
+    columns = tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
+    return tl.load(base + (rows * pairs.stride_m + columns * pairs.stride_n))
+
+
+@triton.jit
+def load_key_mask(mask, tile, sizes):
+    """Likewise, of a mask (B, Lk)."""
+    base = mask.ptr + tl.cast(tile.batch, tl.int64) * mask.stride_b
+    base += tl.cast(tile.start_n, tl.int64) * mask.stride_n
+    columns = tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
+    return tl.load(base + columns * mask.stride_n)
+
+
+@triton.jit
+def masked(s, entries, UNIT: tl.constexpr):
+    """Scores under a mask: bool (True takes part) or floating (added, -inf forbids)."""
+    if entries.dtype == tl.int1:
+        return tl.where(entries, s, -INFINITY)
+    else:
+        x = entries.to(tl.float32)
+        # Masks may hold the lowest number instead of -inf, which hides nothing.
+        return tl.where(x == -INFINITY, x, s + tl.maximum(x * UNIT, LOWEST))
+
+
+@triton.jit
+def hide_by_position(s, tile, problem):
+    """-inf beyond the last key and outside the rows' reach."""
+    reach = problem.reach
+    # What differs from tile to tile is a key alone, so that no tile of indices stays in registers.
+    keys, rows = tile.start_n + tile.columns, tile.start_m + tile.rows
+    end = problem.sizes.key_length
+    if reach.high is not None:
+        end = tl.minimum(rows + reach.high + 1, end)
+    visible = keys < end
+    if reach.low is not None:
+        visible = visible & (keys >= rows + reach.low)
+    return tl.where(visible, s, -INFINITY)
+
+
+@triton.jit
+def scores_of(product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
+    """Scores of products, and the softcap's tanh (without softcap: anything).
+
+    With shape.FOLD the factor scale * UNIT is left to whoever takes the exponential.
+    """
+    scoring, sizes, unit = problem.scoring, problem.sizes, shape.UNIT
+    t = product
+    if scoring.softcap is not None:
+        t = tanh_of(product * (scoring.scale / scoring.softcap), unit)
+        s = t * (scoring.softcap * unit)
+    elif shape.FOLD:
+        s = product
+    else:
+        s = product * (scoring.scale * unit)
+    if scoring.alibi_slopes is not None:
+        slope = tl.load(start_of(scoring.alibi_slopes, tile.batch, tile.head))
+        distance = tile.rows + (tile.start_m + scoring.diagonal - tile.start_n) - tile.columns
+        s -= slope * unit * tl.abs(distance.to(tl.float32))
+    if scoring.mask is not None:
+        s = masked(s, load_pairs(scoring.mask, tile, sizes), unit)
+    if scoring.key_mask is not None:
+        s = masked(s, load_key_mask(scoring.key_mask, tile, sizes), unit)
+    if EDGE:
+        s = hide_by_position(s, tile, problem)
+    return s, t
+
+
+@triton.jit
+def factor_of(problem, shape: tl.constexpr):
+    """What takes the results of `scores_of` to score units."""
+    if shape.FOLD:
+        return problem.scoring.scale * shape.UNIT
+    else:
+        return 1.0
+
+
+@triton.jit
+def keys_of_rows(start_m, problem, shape: tl.constexpr):
+    """The tiles of keys of a block of rows: (first, stop, full_first, full_stop), in tiles.
+
+    Those in [first, stop) hold a key that some row sees, of these those in [full_first, full_stop)
+    only keys that all rows see.
+    """
+    sizes, reach = problem.sizes, problem.reach
+    last = tl.minimum(start_m + shape.BLOCK_M, sizes.query_length) - 1
+    begin, full_begin = 0, 0
+    end, full_end = sizes.key_length, sizes.key_length
+    if reach.low is not None:
+        begin = tl.maximum(start_m + reach.low, 0)
+        full_begin = tl.maximum(last + reach.low, 0)
+    if reach.high is not None:
+        end = tl.minimum(tl.maximum(last + reach.high + 1, 0), sizes.key_length)
+        full_end = tl.minimum(tl.maximum(start_m + reach.high + 1, 0), sizes.key_length)
+    first = begin // shape.BLOCK_N
+    stop = tl.maximum(tl.cdiv(end, shape.BLOCK_N), first)
+    full_first = tl.minimum(tl.cdiv(full_begin, shape.BLOCK_N), stop)
+    full_stop = tl.maximum(full_end // shape.BLOCK_N, full_first)
+    return first, stop, full_first, full_stop
+
+
+@triton.jit
+def rows_of_keys(start_n, problem, shape: tl.constexpr):
+    """The same for the tiles of rows that see a block of keys.
+
+    A key or a row beyond the last makes an edge.
+    """
+    sizes, reach = problem.sizes, problem.reach
+    last = start_n + shape.BLOCK_N - 1
+    begin, full_begin = 0, 0
+    end, full_end = sizes.query_length, sizes.query_length
+    if reach.high is not None:
+        begin = tl.minimum(tl.maximum(start_n - reach.high, 0), sizes.query_length)
+        full_begin = tl.minimum(tl.maximum(last - reach.high, 0), sizes.query_length)
+    if reach.low is not None:
+        end = tl.minimum(tl.maximum(last - reach.low + 1, 0), sizes.query_length)
+        full_end = tl.minimum(tl.maximum(start_n - reach.low + 1, 0), sizes.query_length)
+    first = begin // shape.BLOCK_M
+    stop = tl.maximum(tl.cdiv(end, shape.BLOCK_M), first)
+    full_first = tl.minimum(tl.cdiv(full_begin, shape.BLOCK_M), stop)
+    full_stop = tl.maximum(full_end // shape.BLOCK_M, full_first)
+    if last >= sizes.key_length:
+        full_stop = full_first
+    return first, stop, full_first, full_stop
+
+
+@triton.jit
+def edge_tile(index, first, full_first, full_stop):
+    """The index-th tile that is not full."""
+    tile = first + index
+    return tl.where(tile < full_first, tile, tile + full_stop - full_first)
+
+
+@triton.jit
+def is_finite(x):
+    """Whether all of a tile is."""
+    return tl.max(tl.max(tl.where(x - x == 0, 0, 1), 1), 0) == 0
