@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attn_ext
 from attn_ext import dispatch
+from attn_ext.benchmark.measure import alternate
 from attn_ext.problem import Problem
 from bench.cpu_rows import flops
-from attn_ext.benchmark.measure import alternate
 
 Shape = tuple[int, int, int, int]
 
