@@ -31,8 +31,13 @@ _OPERATIONS = {
     "key_gradients": "backward_keys",
     "run_weights": "weights",
 }
-_DTYPES = {"Float16": "float16",
-    "TuringFloat16": "float16", "BFloat16": "bfloat16", "TF32": "TF32", "float": "float32"}
+_DTYPES = {
+    "Float16": "float16",
+    "TuringFloat16": "float16",
+    "BFloat16": "bfloat16",
+    "TF32": "TF32",
+    "float": "float32",
+}
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,11 @@ def test_every_architecture_has_a_configuration_of_every_width() -> None:
 @pytest.mark.parametrize(
     ("setting", "wanted"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
 )
-def test_precision_of_float32(setting: str, wanted: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(setting)
-        assert launch.precision("sm_90") == wanted
-        assert launch.precision("gfx942") == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_precision_of_float32(setting: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.set_float32_matmul_precision would leave oneDNN's setting behind.
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    assert launch.precision("sm_90") == wanted
+    assert launch.precision("gfx942") == "ieee"
 
 
 @pytest.mark.parametrize(
