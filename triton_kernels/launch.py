@@ -91,31 +91,9 @@ def forward_call(
     return Call(forward_kernel, grid, arguments, _options(config))
 
 
-def backward(
-    architecture: str,
-    seed: int | Tensor,
-    problem: Problem,
-    dropout: tuple[int, int] | None,
-    out: Tensor | None,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    dweights: Tensor | None,
-    share: float,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor | None,
-    dmask: Tensor | None,
-    row_term: Tensor,
-) -> None:
-    """Writes dquery, dkey, dvalue, dmask (if given) and row_term.
-
-    With dweights, times share, in place of out, dout and dlse: of weights; row_term is then dlse.
-    """
-    calls = backward_calls(
-        architecture, seed, problem, dropout, out, lse, dout, dlse, dweights, share,
-        dquery, dkey, dvalue, dmask, row_term,
-    )  # fmt: skip
+def backward(architecture: str, seed: int | Tensor, problem: Problem, *tensors: Any) -> None:
+    """Writes dquery, dkey, dvalue, dmask (if given) and row_term: what `backward_calls` takes."""
+    calls = backward_calls(architecture, seed, problem, *tensors)
     with _device_of(problem):
         for call in calls:
             call.run()
@@ -138,7 +116,10 @@ def backward_calls(
     dmask: Tensor | None,
     row_term: Tensor,
 ) -> list[Call]:
-    """The row terms first; what comes after them in any order."""
+    """The row terms first; what comes after them in any order.
+
+    With dweights, times share, in place of out, dout and dlse: of weights; row_term is then dlse.
+    """
     for_weights = dweights is not None
     common = {
         "q": rows_of(problem.query),

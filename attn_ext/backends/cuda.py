@@ -24,8 +24,6 @@ except ImportError as error:  # built without nvcc
 if _cuda is not None:
     _cuda.set_dtypes(native.DTYPES)
 
-MAX_HEAD_DIM = 256
-
 
 def architectures() -> list[str]:
     """What the kernels were compiled for, as torch.cuda.get_arch_list() says it."""
@@ -139,16 +137,12 @@ def _reasons(
             f"{device} has compute capability {major}.{minor}, and attn_ext._cuda is compiled for "
             f"{', '.join(_cuda.architectures())}; TORCH_CUDA_ARCH_LIST={major}.{minor} would do"
         )
-    if dtype is torch.float64:
-        reasons.append("query is float64; float32, float16 or bfloat16 would do")
     if dtype is torch.bfloat16 and major < 8:
         reasons.append(
             f"query is bfloat16, which takes compute capability 8.0, and {device} has "
             f"{major}.{minor}; float16 or float32 would do"
         )
-    for name, size in (("query has a head_dim", head_dim), ("value has one", value_dim)):
-        if size > MAX_HEAD_DIM:
-            reasons.append(f"{name} of {size}; at most {MAX_HEAD_DIM} would do")
+    reasons += native.reasons_of_inputs(dtype, head_dim, value_dim)
     if not reasons:
         limit = _cuda.shared_bytes_limit(index)
         needed = _cuda.shared_bytes(dtype, head_dim, value_dim, allow_tf32, limit)

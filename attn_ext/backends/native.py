@@ -16,6 +16,8 @@ from attn_ext.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool)
 """In the order of csrc/attention.h's DType: for a native module's set_dtypes."""
+MAX_HEAD_DIM = 256
+"""That the GPUs' kernels take."""
 
 
 def forward(
@@ -86,6 +88,17 @@ def weights_backward(
     arguments = (*settings, *_arguments(problem))
     kernels.backward(*arguments, None, lse, None, None, dweights, share, dq, dk, None, dmask, dlse)
     return WeightsGradients(dq, dk, _as_mask(dmask, problem), dlse)
+
+
+def reasons_of_inputs(dtype: torch.dtype, head_dim: int, value_dim: int) -> list[str]:
+    """Why the GPUs' kernels can't run a problem, whatever the GPU."""
+    reasons = []
+    if dtype is torch.float64:
+        reasons.append("query is float64; float32, float16 or bfloat16 would do")
+    for name, size in (("query has a head_dim", head_dim), ("value has one", value_dim)):
+        if size > MAX_HEAD_DIM:
+            reasons.append(f"{name} of {size}; at most {MAX_HEAD_DIM} would do")
+    return reasons
 
 
 def mask_gradient_of(problem: Problem) -> Tensor:

@@ -20,7 +20,6 @@ except ImportError as error:  # triton is an optional dependency
     launch = None
     _import_error = str(error)
 
-MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30
 """Positions are 32-bit numbers in the kernels, and sums of two of them must be, too."""
 
@@ -34,12 +33,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
         return [f"triton can't be imported ({_import_error}); `pip install triton` would do"]
     query = problem.query
     reasons = list(_reasons_of_device(query.device))
-    if query.dtype is torch.float64:
-        reasons.append("query is float64; float32, float16 or bfloat16 would do")
-    head_dim, value_dim = query.shape[3], problem.value.shape[3]
-    for name, size in (("query has a head_dim", head_dim), ("value has one", value_dim)):
-        if size > MAX_HEAD_DIM:
-            reasons.append(f"{name} of {size}; at most {MAX_HEAD_DIM} would do")
+    reasons += native.reasons_of_inputs(query.dtype, query.shape[3], problem.value.shape[3])
     for name, tensor in (
         ("query", query),
         ("key", problem.key),
