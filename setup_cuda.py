@@ -4,8 +4,9 @@ Environment variables:
     ATTN_EXT_CUDA          0 never builds it, 1 must, auto (the default) does where nvcc is found
     CUDA_HOME              the toolkit; else nvcc on PATH, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   what to compile for, as "8.0;9.0+PTX"; PTX runs on newer devices too,
-                           whose driver compiles it when first used; "7.5;8.0+PTX" by default
-    ATTN_EXT_BUILD_JOBS    how many compilers may run at once; as many as there are cores by default
+                           whose driver compiles it when first used. By default this machine's GPUs
+                           with PTX, and "7.5;8.0+PTX" where it has none
+    ATTN_EXT_BUILD_JOBS    how many files are compiled at once; as many as there are cores by default
 """
 
 from __future__ import annotations
@@ -15,41 +16,53 @@ import pathlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pybind11.setup_helpers import build_ext
 
 OLDEST = 75
+NEWER = 80
+"""From here on the sources are the same: one PTX serves every newer architecture."""
 DEFAULT = "7.5;8.0+PTX"
-"""Every GPU from Turing on, in a minute or two: machine code for the two whose sources differ."""
+"""Every GPU from Turing on: machine code for the two whose sources differ."""
 
 
 @dataclass(frozen=True)
 class Architectures:
-    """Compute capabilities, 75 for 7.5, in ascending order."""
+    """Compute capabilities, 75 for 7.5, in ascending order; and whether PTX is kept as well."""
 
     machine_code: tuple[int, ...]
-    ptx: tuple[int, ...]
+    ptx: bool
 
     def flags(self) -> list[str]:
-        """What nvcc has to be told, and device.cu about PTX."""
+        """What nvcc has to be told, and device.cu about machine code and PTX."""
+        codes = [(min(NEWER, a), f"sm_{a}") for a in self.machine_code]
+        codes += [(NEWER, f"compute_{NEWER}")] if self.ptx else []
+        comma = r"\,"  # for nvcc, which takes several options in one
         return [
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.machine_code),
-            *(f"-gencode=arch=compute_{a},code=compute_{a}" for a in self.ptx),
-            f"-DATTN_EXT_CUDA_PTX={min(self.ptx, default=0)}",
+            *(f"-gencode=arch=compute_{virtual},code={code}" for virtual, code in codes),
+            f"-DATTN_EXT_CUDA_CODE={comma.join(map(str, self.machine_code))}",
+            f"-DATTN_EXT_CUDA_PTX={NEWER if self.ptx else 0}",
         ]
 
 
-def choose_architectures(listed: str, supported: tuple[int, ...]) -> Architectures:
-    """The architectures of a TORCH_CUDA_ARCH_LIST, or the default's.
+def choose_architectures(
+    listed: str, supported: tuple[int, ...], present: Iterable[int] = ()
+) -> Architectures:
+    """The architectures of a TORCH_CUDA_ARCH_LIST; where it is empty, of the GPUs that are present.
 
     Raises:
         ValueError: the list can't be read, or names what nvcc or the kernels don't support.
     """
-    listed = listed.strip(" ;,\t\n") or DEFAULT
-    machine_code, ptx = set(), set()
+    listed = listed.strip(" ;,\t\n")
+    if not listed:
+        usable = sorted({a for a in present if a in supported and a >= OLDEST})
+        if usable:
+            return Architectures(tuple(usable), ptx=True)
+        listed = DEFAULT
+    machine_code, ptx = set(), False
     for entry in re.split(r"[;,\s]+", listed):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if match is None:
@@ -62,9 +75,19 @@ def choose_architectures(listed: str, supported: tuple[int, ...]) -> Architectur
                 f"({able}), got {entry}"
             )
         machine_code.add(architecture)
-        if match[3]:
-            ptx.add(architecture)
-    return Architectures(tuple(sorted(machine_code)), tuple(sorted(ptx)))
+        ptx = ptx or match[3] is not None
+    return Architectures(tuple(sorted(machine_code)), ptx)
+
+
+def present_architectures(environment: Mapping[str, str]) -> tuple[int, ...]:
+    """Those of this machine's GPUs, as NVIDIA's driver lists them; none where there is no driver."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    if program is None:
+        return ()
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(command, check=False, text=True, capture_output=True)
+    found = re.findall(r"^(\d+)\.(\d)$", result.stdout, re.MULTILINE)
+    return tuple(sorted({10 * int(major) + int(minor) for major, minor in found}))
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:
@@ -104,7 +127,9 @@ class Toolkit:
         self.major = int(re.search(r"release (\d+)\.", _output(nvcc, "--version"))[1])  # type: ignore[index]
         supported = re.findall(r"compute_(\d+)\b", _output(nvcc, "--list-gpu-arch"))
         self.architectures = choose_architectures(
-            environment.get("TORCH_CUDA_ARCH_LIST", ""), tuple(sorted(map(int, supported)))
+            environment.get("TORCH_CUDA_ARCH_LIST", ""),
+            tuple(sorted(map(int, supported))),
+            present_architectures(environment),
         )
         places = (top / "lib64", top / "lib", *top.glob("targets/*/lib"))
         libraries = [folder / "libcudart_static.a" for folder in places]
@@ -118,9 +143,9 @@ class Toolkit:
             "-O3",
             "-std=c++17",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
-            # Four files take long, side by side; where that leaves cores idle, architectures of
-            # a file too. More would only take memory: a ptxas takes a GiB.
-            f"--threads={max(1, jobs // 4)}",
+            # Four files take long, side by side; where that leaves cores idle, at the end of
+            # them at least, architectures of a file too. A ptxas takes a GiB.
+            f"--threads={max(2, jobs // 4)}",
             compress,
             *self.architectures.flags(),
         ]

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_ext.problem import Problem
-from attn_ext.triton_kernels import launch
+from attn_ext.triton_kernels import configurations, launch
 from bench import sass
 from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
 
@@ -180,15 +180,17 @@ def _call(name: Name) -> launch.Call:
     problem = Problem.build(tensor, tensor, tensor, **KINDS[name.kind])
     dropout = (1, 0) if problem.dropout_p else None
     start = (name.architecture, 0, problem, dropout)
-    if name.kernel == "forward":
-        return launch.forward_call(*start, tensor, lse)
-    if name.kernel == "weights":
-        weights = torch.empty(2, 1, 4096, 4096, dtype=dtype, device="meta")
-        return launch.weights_call(*start, lse, weights, True)
-    calls = launch.backward_calls(
-        *start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse
-    )
-    return next(call for call in calls if call.kernel.__name__ == name.kernel)
+    weights = torch.empty(2, 1, 4096, 4096, dtype=dtype, device="meta")
+    plans = [
+        launch.forward_plan(*start, tensor, lse),
+        launch.weights_plan(*start, lse, weights, True),
+        *launch.backward_plans(
+            *start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse
+        ),
+    ]
+    plan = next(plan for plan in plans if plan.name == name.kernel)
+    bits, width = tensor.element_size() * 8, configurations.block_of(name.head_dim)
+    return plan.call(configurations.configuration_of(name.kernel, name.architecture, bits, width))
 
 
 def measured(name: Name) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 Chosen from `python -m bench.compile_report`: nothing spills where a choice without spills was found
 (float32 with a head_dim above 128 has none), shared memory fits, and the main loop has few
-instructions for its matrix products. None has been timed: there was no GPU.
+instructions for its matrix products. None has been timed: there was no GPU. `tuning` times these
+and others on the GPU at hand.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import triton
 
 
 class Configuration(NamedTuple):
@@ -129,6 +132,7 @@ _ONE_PASS = {
     32: {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
 }
 """By bits and width: of the weights and the mask's gradient, whose loops are over heads."""
+_ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
 
 
 def family_of(architecture: str, bits: int) -> str:
@@ -141,6 +145,11 @@ def family_of(architecture: str, bits: int) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(number // 10, "mma")
 
 
+def block_of(head_dim: int) -> int:
+    """The power of 2 that holds a head_dim; 16 is the least that tl.dot takes."""
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
 def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> Configuration:
     """The configuration of a kernel.
 
@@ -148,11 +157,40 @@ def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> C
         kernel: its name.
         architecture: "sm_80", "gfx942" and the like, or "interpreter".
         bits: of an element of query.
-        width: the larger head_dim, rounded up to a power of 2.
+        width: `block_of` the larger head_dim.
     """
     if architecture == "interpreter":
         return INTERPRETED
     width = max(width, 32)
+    if kernel == "row_terms":
+        return _ROW_TERMS[0]
     if kernel in ("weights", "mask_gradient"):
         return _ONE_PASS[bits][width]
     return _TABLE[family_of(architecture, bits), bits][kernel][width]
+
+
+def candidates_of(kernel: str, architecture: str, bits: int, width: int) -> list[Configuration]:
+    """What is worth timing, `configuration_of` first: a dozen or two.
+
+    They are the kernel's configurations for any head_dim and family of that vendor, and its own one
+    with other warps, other stages, and with and without descriptors where hardware reads them.
+    """
+    own = configuration_of(kernel, architecture, bits, width)
+    if architecture == "interpreter":
+        return [own, own._replace(BLOCK_M=16), own._replace(BLOCK_N=16, descriptors=False)]
+    if kernel == "row_terms":
+        return _ROW_TERMS
+    nearby = [own._replace(num_warps=warps) for warps in (4, 8)]
+    nearby += [own._replace(num_stages=stages) for stages in (1, 2, 3)]
+    if kernel in ("weights", "mask_gradient"):
+        nearby += _ONE_PASS[bits].values()
+    else:
+        amd = architecture.startswith("gfx")
+        for (family, size), kernels in _TABLE.items():
+            if size == bits and (family in ("amd", "rdna")) == amd:
+                nearby += kernels[kernel].values()
+    copies = family_of(architecture, bits) in ("wgmma", "tcgen05") and kernel in _TABLE["wgmma", 16]
+    chosen = [
+        x._replace(descriptors=d) for x in nearby for d in ((False, True) if copies else (False,))
+    ]
+    return list(dict.fromkeys([own, *chosen]))

@@ -1,13 +1,14 @@
 """From a `Problem` to kernel calls: what `attn_ext.backends.native` takes for a native module.
 
-Every function makes its calls (`*_calls`), which bench/compile_report.py compiles for other
-machines, and runs them on the current stream of the tensors' device. Nothing waits for the device:
-a seed on it is read there.
+Every function plans its calls (`*_plan`, `*_plans`), which bench/compile_report.py compiles for
+other machines, and runs them on the current stream of the tensors' device. Nothing waits for the
+device: a seed on it is read there.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.triton_kernels import tuning
 from attn_ext.triton_kernels.arguments import (
     Dropout,
     KeyMask,
@@ -28,7 +30,7 @@ from attn_ext.triton_kernels.arguments import (
 )
 from attn_ext.triton_kernels.backward_keys import backward_keys
 from attn_ext.triton_kernels.backward_queries import backward_queries
-from attn_ext.triton_kernels.configurations import configuration_of
+from attn_ext.triton_kernels.configurations import Configuration, block_of
 from attn_ext.triton_kernels.forward import forward as forward_kernel
 from attn_ext.triton_kernels.mask_gradient import mask_gradient
 from attn_ext.triton_kernels.row_terms import row_terms
@@ -53,6 +55,19 @@ class Call(NamedTuple):
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
+class Plan(NamedTuple):
+    """A kernel's name, and what makes its call for a configuration."""
+
+    name: str
+    call: Callable[[Configuration], Call]
+
+    def run(self, architecture: str, problem: Problem) -> None:
+        config = tuning.configuration(
+            self.name, architecture, problem, lambda config: self.call(config).run()
+        )
+        self.call(config).run()
+
+
 def forward(
     architecture: str,
     seed: int | Tensor,
@@ -64,42 +79,45 @@ def forward(
 ) -> None:
     """Writes out and lse."""
     with _device_of(problem):
-        forward_call(architecture, seed, problem, dropout, out, lse).run()
+        forward_plan(architecture, seed, problem, dropout, out, lse).run(architecture, problem)
 
 
-def forward_call(
+def forward_plan(
     architecture: str,
     seed: int | Tensor,
     problem: Problem,
     dropout: tuple[int, int] | None,
     out: Tensor,
     lse: Tensor | None,
-) -> Call:
+) -> Plan:
     """One program for each block of rows."""
-    config = configuration_of("forward", architecture, *_size_of(problem))
-    arguments = {
-        "q": rows_of(problem.query),
-        "k": tiles_of(problem.key, config.BLOCK_N, config),
-        "v": tiles_of(problem.value, config.BLOCK_N, config),
-        "out": rows_of(out),
-        "lse": None if lse is None else rows_of(lse),
-        "sinks_ptr": None if problem.sinks is None else problem.sinks.contiguous(),
-        **_settings(architecture, seed, problem, dropout, config),
-    }
-    blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
-    grid = problem.batch * problem.query_heads * blocks
-    return Call(forward_kernel, grid, arguments, _options(config))
+
+    def call(config: Configuration) -> Call:
+        arguments = {
+            "q": rows_of(problem.query),
+            "k": tiles_of(problem.key, config.BLOCK_N, config),
+            "v": tiles_of(problem.value, config.BLOCK_N, config),
+            "out": rows_of(out),
+            "lse": None if lse is None else rows_of(lse),
+            "sinks_ptr": None if problem.sinks is None else problem.sinks.contiguous(),
+            **_settings(architecture, seed, problem, dropout, config),
+        }
+        blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
+        grid = problem.batch * problem.query_heads * blocks
+        return Call(forward_kernel, grid, arguments, _options(config))
+
+    return Plan("forward", call)
 
 
 def backward(architecture: str, seed: int | Tensor, problem: Problem, *tensors: Any) -> None:
-    """Writes dquery, dkey, dvalue, dmask (if given) and row_term: what `backward_calls` takes."""
-    calls = backward_calls(architecture, seed, problem, *tensors)
+    """Writes dquery, dkey, dvalue, dmask (if given) and row_term: what `backward_plans` takes."""
+    plans = backward_plans(architecture, seed, problem, *tensors)
     with _device_of(problem):
-        for call in calls:
-            call.run()
+        for plan in plans:
+            plan.run(architecture, problem)
 
 
-def backward_calls(
+def backward_plans(
     architecture: str,
     seed: int | Tensor,
     problem: Problem,
@@ -115,7 +133,7 @@ def backward_calls(
     dvalue: Tensor | None,
     dmask: Tensor | None,
     row_term: Tensor,
-) -> list[Call]:
+) -> list[Plan]:
     """The row terms first; what comes after them in any order.
 
     With dweights, times share, in place of out, dout and dlse: of weights; row_term is then dlse.
@@ -131,63 +149,56 @@ def backward_calls(
         "dweights": None if dweights is None else pairs_of(dweights),
         "share": share,
     }
-    size = _size_of(problem)
-
-    def call(kernel: Any, name: str, programs: Any, passing: Any, **more: Any) -> Call:
-        config = configuration_of(name, architecture, *size)
-        settings = _settings(architecture, seed, problem, dropout, config)
-        return Call(
-            kernel,
-            programs(config),
-            {**common, **passing(config), **more, **settings},
-            _options(config),
-        )
-
     batch, heads, key_heads = problem.batch, problem.query_heads, problem.key.shape[1]
-    calls = []
-    if out is not None and dout is not None:
-        calls.append(_row_terms_call(problem, out, dout, dlse, row_term))
-    calls.append(
-        call(
+
+    def made(kernel: Any, config: Configuration, grid: int, **own: Any) -> Call:
+        settings = _settings(architecture, seed, problem, dropout, config)
+        return Call(kernel, grid, {**common, **own, **settings}, _options(config))
+
+    def queries_call(config: Configuration) -> Call:
+        return made(
             backward_queries,
-            "backward_queries",
-            lambda c: batch * heads * triton.cdiv(problem.query_length, c.BLOCK_M),
-            lambda c: {
-                "k": tiles_of(problem.key, c.BLOCK_N, c),
-                "v": tiles_of(problem.value, c.BLOCK_N, c),
-            },
+            config,
+            batch * heads * triton.cdiv(problem.query_length, config.BLOCK_M),
+            k=tiles_of(problem.key, config.BLOCK_N, config),
+            v=tiles_of(problem.value, config.BLOCK_N, config),
             dq=rows_of(dquery),
             dlse=rows_of(row_term) if for_weights else None,
         )
-    )
-    calls.append(
-        call(
+
+    def keys_call(config: Configuration) -> Call:
+        return made(
             backward_keys,
-            "backward_keys",
-            lambda c: batch * key_heads * triton.cdiv(problem.key_length, c.BLOCK_N),
-            lambda c: {
-                "q": tiles_of(problem.query, c.BLOCK_M, c),
-                "dout": None if dout is None else tiles_of(dout, c.BLOCK_M, c),
-            },
+            config,
+            batch * key_heads * triton.cdiv(problem.key_length, config.BLOCK_N),
+            q=tiles_of(problem.query, config.BLOCK_M, config),
+            dout=None if dout is None else tiles_of(dout, config.BLOCK_M, config),
             dk=rows_of(dkey),
             dv=None if dvalue is None else rows_of(dvalue),
         )
-    )
-    if dmask is not None:
-        over = [n == 1 for n in dmask.shape]
-        names = ("OVER_BATCHES", "OVER_HEADS", "OVER_ROWS", "OVER_KEYS")
-        calls.append(
-            call(
-                mask_gradient,
-                "mask_gradient",
-                lambda c: _mask_programs(dmask, c),
-                lambda c: {},
-                dmask=pairs_of(dmask),
-                batches=batch,
-                **dict(zip(names, over, strict=True)),
-            )
+
+    def mask_call(config: Configuration) -> Call:
+        assert dmask is not None
+        batches, mask_heads, rows, keys = dmask.shape
+        tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(keys, config.BLOCK_N)
+        return made(
+            mask_gradient,
+            config,
+            batches * mask_heads * tiles,
+            dmask=pairs_of(dmask),
+            batches=batch,
+            OVER_BATCHES=batches == 1,
+            OVER_HEADS=mask_heads == 1,
+            OVER_ROWS=rows == 1,
+            OVER_KEYS=keys == 1,
         )
-    return calls
+
+    plans = [Plan("backward_queries", queries_call), Plan("backward_keys", keys_call)]
+    if dmask is not None:
+        plans.append(Plan("mask_gradient", mask_call))
+    if out is not None and dout is not None:
+        plans.insert(0, _row_terms_plan(problem, out, dout, dlse, row_term))
+    return plans
 
 
 def weights(
@@ -201,10 +212,11 @@ def weights(
 ) -> None:
     """Writes the weights, (B, Hq, Lq, Lk), or (B, 1, Lq, Lk) for their mean over heads."""
     with _device_of(problem):
-        weights_call(architecture, seed, problem, dropout, lse, result, average).run()
+        plan = weights_plan(architecture, seed, problem, dropout, lse, result, average)
+        plan.run(architecture, problem)
 
 
-def weights_call(
+def weights_plan(
     architecture: str,
     seed: int | Tensor,
     problem: Problem,
@@ -212,47 +224,46 @@ def weights_call(
     lse: Tensor,
     result: Tensor,
     average: bool,
-) -> Call:
+) -> Plan:
     """One program for each tile of the result."""
-    config = configuration_of("weights", architecture, *_size_of(problem))
-    arguments = {
-        "q": rows_of(problem.query),
-        "k": rows_of(problem.key),
-        "lse": rows_of(lse),
-        "out": pairs_of(result),
-        "AVERAGE": average,
-        **_settings(architecture, seed, problem, dropout, config),
-    }
-    row_blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
-    key_blocks = triton.cdiv(problem.key_length, config.BLOCK_N)
-    heads = min(problem.query_heads, 1) if average else problem.query_heads
-    grid = problem.batch * heads * row_blocks * key_blocks
-    return Call(weights_kernel, grid, arguments, _options(config))
+
+    def call(config: Configuration) -> Call:
+        arguments = {
+            "q": rows_of(problem.query),
+            "k": rows_of(problem.key),
+            "lse": rows_of(lse),
+            "out": pairs_of(result),
+            "AVERAGE": average,
+            **_settings(architecture, seed, problem, dropout, config),
+        }
+        row_blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
+        key_blocks = triton.cdiv(problem.key_length, config.BLOCK_N)
+        heads = min(problem.query_heads, 1) if average else problem.query_heads
+        grid = problem.batch * heads * row_blocks * key_blocks
+        return Call(weights_kernel, grid, arguments, _options(config))
+
+    return Plan("weights", call)
 
 
-def _row_terms_call(
+def _row_terms_plan(
     problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, row_term: Tensor
-) -> Call:
-    block = 32
-    arguments = {
-        "out": rows_of(out),
-        "dout": rows_of(dout),
-        "dlse": None if dlse is None else rows_of(dlse),
-        "terms": rows_of(row_term),
-        "sizes": _sizes(problem),
-        "VALUE_DIM": problem.value.shape[3],
-        "BLOCK_M": block,
-        "BLOCK_DV": block_of(problem.value.shape[3]),
-    }
-    blocks = triton.cdiv(problem.query_length, block)
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    return Call(row_terms, problem.batch * problem.query_heads * blocks, arguments, options)
+) -> Plan:
+    def call(config: Configuration) -> Call:
+        arguments = {
+            "out": rows_of(out),
+            "dout": rows_of(dout),
+            "dlse": None if dlse is None else rows_of(dlse),
+            "terms": rows_of(row_term),
+            "sizes": _sizes(problem),
+            "VALUE_DIM": problem.value.shape[3],
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_DV": block_of(problem.value.shape[3]),
+        }
+        blocks = triton.cdiv(problem.query_length, config.BLOCK_M)
+        grid = problem.batch * problem.query_heads * blocks
+        return Call(row_terms, grid, arguments, _options(config))
 
-
-def _mask_programs(dmask: Tensor, config: Any) -> int:
-    batches, heads, rows, keys = dmask.shape
-    row_blocks, key_blocks = triton.cdiv(rows, config.BLOCK_M), triton.cdiv(keys, config.BLOCK_N)
-    return batches * heads * row_blocks * key_blocks
+    return Plan("row_terms", call)
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -262,7 +273,7 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, *tensor.stride()[:3])
 
 
-def tiles_of(tensor: Tensor, length: int, config: Any) -> Rows:
+def tiles_of(tensor: Tensor, length: int, config: Configuration) -> Rows:
     """A tensor (B, H, L, D) that passes by in tiles of `length` rows."""
     rows = rows_of(tensor)
     tensor = rows.ptr
@@ -297,7 +308,7 @@ def _settings(
     seed: int | Tensor,
     problem: Problem,
     dropout: tuple[int, int] | None,
-    config: Any,
+    config: Configuration,
 ) -> dict[str, Any]:
     """What all kernels take."""
     reach = _reach(problem)
@@ -340,11 +351,6 @@ def _settings(
 def _sizes(problem: Problem) -> Sizes:
     group = problem.query_heads // max(problem.key.shape[1], 1)
     return Sizes(problem.query_heads, group, problem.query_length, problem.key_length)
-
-
-def block_of(width: int) -> int:
-    """The power of 2 that holds a head_dim; 16 is the least that tl.dot takes."""
-    return max(triton.next_power_of_2(width), 16)
 
 
 def precision(architecture: str) -> str:
@@ -396,12 +402,7 @@ def as_word(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
-def _size_of(problem: Problem) -> tuple[int, int]:
-    width = max(problem.query.shape[3], problem.value.shape[3])
-    return problem.query.element_size() * 8, block_of(width)
-
-
-def _options(config: Any) -> dict[str, Any]:
+def _options(config: Configuration) -> dict[str, Any]:
     # Fused multiply-adds are what the kernels count on; Triton is about to change its default.
     return {
         "num_warps": config.num_warps,

@@ -203,11 +203,13 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
         plain_gradients<Element, decltype(edge)::value>(p, head, place, s, dp, values_of);
       }
       if constexpr (kWantsValues) {
-        if (!weights_only)
+        if (!weights_only) {
           multiply_accumulators<Gradients>(dv, s, lane_do_by_row.moved(now), Element{});
+        }
       }
-      if constexpr (kWantsKeys)
+      if constexpr (kWantsKeys) {
         multiply_accumulators<Queries>(dk, dp, lane_q_by_row.moved(now), Element{});
+      }
       synchronize_block();  // nobody reads this tile or its row values any more
       if (kStages == 1 && next >= 0) copy_rows(next, 0, edge);
     };

@@ -8,8 +8,8 @@
 namespace attn_ext::cuda {
 namespace {
 
-// nvcc's list of what it compiles for, as 750, 800; and the oldest that PTX was kept of, or 0.
-constexpr int kCompiled[] = {__CUDA_ARCH_LIST__};
+// What setup_cuda.py has nvcc make machine code for, as 75, 80; and what PTX was kept of, or 0.
+constexpr int kCompiled[] = {ATTN_EXT_CUDA_CODE};
 constexpr int kPtx = ATTN_EXT_CUDA_PTX;
 
 std::string version(int number, int factor) {
@@ -86,7 +86,7 @@ int shared_bytes_limit(int device) {
 
 std::vector<std::string> architectures() {
   std::vector<std::string> names;
-  for (const int compiled : kCompiled) names.push_back("sm_" + std::to_string(compiled / 10));
+  for (const int compiled : kCompiled) names.push_back("sm_" + std::to_string(compiled));
   if (kPtx != 0) names.push_back("compute_" + std::to_string(kPtx));
   return names;
 }

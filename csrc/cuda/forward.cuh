@@ -374,7 +374,6 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
   constexpr int kMTiles = Shape::kMTiles, kKeys = Shape::kKeys, kOutTiles = kWidth / 8;
   constexpr int kSteps = kWidth / kDepth<Element>;
 
-  const int query_length = static_cast<int>(p.query_length);
   const BlockOfRows block = BlockOfRows::make(p, Shape::kRows, blockIdx.x);
   const Head& head = block.head;
   const int first_row = block.first;
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
   values.clear_beyond_width();
   commit_copies();
 
-  const int g = lane_index() / 4, t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
+  const int t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
   const auto lane_q = Queries::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_a();

@@ -139,11 +139,13 @@ struct Source {
 
   // Zeros beyond the width, in all rows of the tile, before whole tiles are copied there.
   __device__ __forceinline__ void clear_beyond_width(uint32_t shift = 0) const {
-    if (!kPlain || width > Tile::kTileWidth - Tile::kChunk) return;
-    for (int i = static_cast<int>(threadIdx.x); i < Tile::kTileRows * Tile::kChunks;
-         i += kThreads) {
-      const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
-      if (column >= width) copy_16_bytes(Tile::offset(row, column) + shift, start, 0);
+    if constexpr (kPlain) {
+      if (width > Tile::kTileWidth - Tile::kChunk) return;
+      for (int i = static_cast<int>(threadIdx.x); i < Tile::kTileRows * Tile::kChunks;
+           i += kThreads) {
+        const int row = i / Tile::kChunks, column = i % Tile::kChunks * Tile::kChunk;
+        if (column >= width) copy_16_bytes(Tile::offset(row, column) + shift, start, 0);
+      }
     }
   }
 

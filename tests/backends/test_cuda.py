@@ -246,28 +246,65 @@ def test_what_a_kernel_is_given(
 def test_architectures_by_default() -> None:
     for listed in ("", " ;"):
         chosen = setup_cuda.choose_architectures(listed, NVCC_13)
-        assert chosen.machine_code == (75, 80)
-        assert chosen.ptx == (80,)
+        assert (chosen.machine_code, chosen.ptx) == ((75, 80), True)
+
+
+@pytest.mark.parametrize(
+    ("present", "machine_code"),
+    [
+        ((86,), (86,)),
+        ((90, 75, 90), (75, 90)),
+        ((70, 80), (80,)),  # the older one is left to other backends
+        ((70,), (75, 80)),
+        ((130,), (75, 80)),  # newer than nvcc: by PTX
+    ],
+)
+def test_architectures_of_the_gpus_present(
+    present: tuple[int, ...], machine_code: tuple[int, ...]
+) -> None:
+    chosen = setup_cuda.choose_architectures("", NVCC_13, present)
+    assert (chosen.machine_code, chosen.ptx) == (machine_code, True)
+    assert setup_cuda.choose_architectures("8.9", NVCC_13, present).machine_code == (89,)
+
+
+def test_which_gpus_are_present(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    for output, found in [
+        ("9.0\n7.5\n9.0", (75, 90)),
+        ("12.0", (120,)),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", ()),
+        ("[N/A]", ()),
+    ]:
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "{output}"\nexit 9\n')
+        program.chmod(0o755)
+        assert setup_cuda.present_architectures({"PATH": str(tmp_path)}) == found
+    assert setup_cuda.present_architectures({"PATH": "/nowhere"}) == ()
 
 
 @pytest.mark.parametrize(
     ("listed", "machine_code", "ptx"),
     [
-        ("8.0", (80,), ()),
-        ("8.0;9.0+PTX", (80, 90), (90,)),
-        ("9.0a 7.5,10.0", (75, 90, 100), ()),
-        ("8.0+PTX; 12.0+PTX;", (80, 120), (80, 120)),
+        ("8.0", (80,), False),
+        ("8.0;9.0+PTX", (80, 90), True),
+        ("9.0a 7.5,10.0", (75, 90, 100), False),
+        ("8.0+PTX; 12.0+PTX;", (80, 120), True),
+        ("7.5+PTX", (75,), True),
     ],
 )
-def test_torch_cuda_arch_list(
-    listed: str, machine_code: tuple[int, ...], ptx: tuple[int, ...]
-) -> None:
+def test_torch_cuda_arch_list(listed: str, machine_code: tuple[int, ...], ptx: bool) -> None:
+    """From 8.0 on all are made of one PTX, which is also what newer devices are given."""
     chosen = setup_cuda.choose_architectures(listed, NVCC_13)
     assert (chosen.machine_code, chosen.ptx) == (machine_code, ptx)
-    flags = chosen.flags()
-    assert f"-gencode=arch=compute_{machine_code[0]},code=sm_{machine_code[0]}" in flags
-    assert flags[-1] == f"-DATTN_EXT_CUDA_PTX={ptx[0] if ptx else 0}"
-    assert len(flags) == len(machine_code) + len(ptx) + 1
+    expected = [
+        f"-gencode=arch=compute_{75 if number == 75 else 80},code=sm_{number}"
+        for number in machine_code
+    ]
+    if ptx:
+        expected.append("-gencode=arch=compute_80,code=compute_80")
+    *flags, code, kept = chosen.flags()
+    assert flags == expected
+    assert code == "-DATTN_EXT_CUDA_CODE=" + r"\,".join(map(str, machine_code))
+    assert kept == f"-DATTN_EXT_CUDA_PTX={80 if ptx else 0}"
 
 
 @pytest.mark.parametrize("listed", ["Ampere", "80", "8.0+ptx", "8.0:9.0"])

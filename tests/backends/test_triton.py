@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import attn_ext
 from attn_ext import dispatch
 from attn_ext.backends import triton as backend
 from attn_ext.problem import Problem
-from attn_ext.triton_kernels import configurations, launch
+from attn_ext.triton_kernels import configurations, launch, tuning
 
 on_the_interpreter = pytest.mark.skipif(
     not interpreted.INTERPRETS, reason="with a GPU the kernels are not interpreted"
@@ -156,7 +157,8 @@ def test_a_seed_on_the_device_is_not_read_by_the_host() -> None:
     problem = Problem.build(query, query, query, dropout_p=0.5)
     problem.seed = torch.empty((), dtype=torch.int64, device="meta")
     settings, passed = backend._settings(problem)
-    call = launch.forward_call("sm_90", settings[1], passed, (1, 0), query, None)
+    plan = launch.forward_plan("sm_90", settings[1], passed, (1, 0), query, None)
+    call = plan.call(configurations.INTERPRETED)
     assert call.arguments["dropout"].seed_ptr is problem.seed
 
 
@@ -197,3 +199,106 @@ def test_what_hides_nothing_is_not_passed() -> None:
 )
 def test_what_hardware_can_copy(tensor: Tensor, expected: bool) -> None:
     assert launch.has_descriptor(tensor) is expected
+
+
+KERNELS = ("forward", "row_terms", "backward_queries", "backward_keys", "mask_gradient", "weights")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(
+    "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
+)
+def test_candidates(architecture: str, bits: int, kernel: str) -> None:
+    for width in (16, 32, 64, 128, 256):
+        found = configurations.candidates_of(kernel, architecture, bits, width)
+        assert found[0] == configurations.configuration_of(kernel, architecture, bits, width)
+        assert 4 <= len(set(found)) == len(found) <= 40
+        copies = architecture in ("sm_90", "sm_100") and bits == 16
+        passing = kernel in ("forward", "backward_queries", "backward_keys")
+        assert any(x.descriptors for x in found) == (copies and passing)
+
+
+class Timer:
+    """In place of do_bench: the nth candidate takes the nth of `times`, once it has run."""
+
+    def __init__(self, *times: float | Exception) -> None:
+        self.times = list(times)
+
+    def __call__(self, run: object, return_mode: str) -> float:
+        assert return_mode == "median"
+        run()
+        time = self.times.pop(0)
+        if isinstance(time, Exception):
+            raise time
+        return time
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "ENABLED", True)
+    monkeypatch.setattr(tuning, "_fastest", {})
+
+
+@on_the_interpreter
+def test_the_fastest_configuration_is_kept(tuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = configurations.candidates_of("forward", "interpreter", 32, 16)
+    query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    expected = attn_ext.attention(query, key, value, backend="reference")
+    timer = Timer(3.0, 1.0, tuning.OutOfResources(2, 1, "shared memory"))
+    monkeypatch.setattr(tuning, "do_bench", timer)
+    for length in (40, 39):  # of one kind
+        out = attn_ext.attention(query[:, :, :length], key, value, backend="triton")
+        torch.testing.assert_close(out, expected[:, :, :length])
+    assert timer.times == []
+    assert list(tuning._fastest.values()) == [candidates[1]]
+    timer.times = [3.0, 1.0, 0.5]
+    out = attn_ext.attention(query, key, value, causal=True, backend="triton")
+    assert list(tuning._fastest.values()) == candidates[1:]
+    reference = attn_ext.attention(query, key, value, causal=True, backend="reference")
+    torch.testing.assert_close(out, reference)
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("fastest", [0, 1, 2])
+def test_gradients_and_weights_by_every_candidate(
+    fastest: int, tuned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(backend: str) -> list[Tensor]:
+        torch.manual_seed(1)
+        mask = torch.randn(1, 1, 34, 37, requires_grad=True)
+        query = torch.randn(1, 2, 34, 8, requires_grad=True)
+        key, value = (torch.randn(1, 1, 37, 8, requires_grad=True) for _ in range(2))
+        out = attn_ext.attention(query, key, value, attn_mask=mask, backend=backend)
+        weights = attn_ext.attention_weights(query, key, attn_mask=mask, backend=backend)
+        gradients = torch.autograd.grad(out.square().sum(), (query, key, value, mask))
+        return [out, weights, *gradients]
+
+    times = [3.0 if i != fastest else 1.0 for i in range(3)]
+    monkeypatch.setattr(tuning, "do_bench", Timer(*times * 2 * len(KERNELS)))
+    for ours, exact in zip(results("triton"), results("reference"), strict=True):
+        torch.testing.assert_close(ours, exact)
+    assert {key[0] for key in tuning._fastest} == set(KERNELS)
+    for (kernel, *_), chosen in tuning._fastest.items():
+        assert chosen == configurations.candidates_of(kernel, "interpreter", 32, 16)[fastest]
+
+
+@on_the_interpreter
+def test_what_was_timed_is_printed(
+    tuned: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning, "do_bench", Timer(3.0, 1.0, tuning.PTXASError("ptxas failed")))
+    monkeypatch.setattr(tuning.triton.knobs.autotuning, "print", True)
+    query, key, value = tensors()
+    attn_ext.attention(query, key, value, backend="triton")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("attn_ext ('forward', 'interpreter', torch.float32, 8, 8,")
+    assert [float(line.split()[0]) for line in lines[1:]] == [3.0, 1.0, math.inf]
+
+
+def test_without_the_option_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tuning.ENABLED
+    monkeypatch.setattr(tuning, "do_bench", None)
+    query = torch.empty(1, 1, 4, 64, dtype=torch.float16)
+    chosen = tuning.configuration("forward", "sm_80", Problem.build(query, query, query), Timer())
+    assert chosen == configurations.configuration_of("forward", "sm_80", 16, 64)

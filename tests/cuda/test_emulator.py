@@ -6,7 +6,9 @@ Each fault is caught by what is meant to catch it; tests/cuda/faults holds the p
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ TESTS = Path(__file__).resolve().parent.parent
 EMULATOR = TESTS / "cuda_emulator" / "emulator.cpp"
 FAULTS = TESTS / "cuda" / "faults"
 COMPILE = [*os.environ.get("CXX", "g++").split(), "-std=c++17", "-g", "-fno-strict-aliasing"]
-COMPILE += ["-Wall", "-Wextra", "-Werror"]
+COMPILE += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 
 # A build's flags, and what starts its programs: ThreadSanitizer needs addresses that are not random.
 BUILDS = {
@@ -51,11 +53,24 @@ class Programs:
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"{build} build: an empty program does not run here ({error})")
 
-    def run(self, name: str, build: str = "plain", order: str = "forward", *arguments: str):
+    def run(
+        self,
+        name: str,
+        build: str = "plain",
+        order: str = "forward",
+        *arguments: str,
+        sources: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """`sources`: the csrc that the program includes kernels of."""
         self.skip_without(build)
         program = self.folder / f"{name}_{build}"
+        includes: list[str | Path] = []
+        if sources is not None:
+            program = self.folder / f"{name}_{build}_{zlib.crc32(bytes(sources)):x}"
+            includes = [f"-I{sources}", f"-I{TESTS / 'cuda_emulator'}"]
         if not program.exists():
-            compiled = self.compile(build, FAULTS / f"{name}.cpp", self.emulator, "-o", program)
+            files = [FAULTS / f"{name}.cpp", self.emulator, "-o", program]
+            compiled = self.compile(build, *includes, *files)
             assert compiled.returncode == 0, compiled.stderr
         environment = dict(
             os.environ,
@@ -156,3 +171,48 @@ def test_bank_conflicts(programs: Programs) -> None:
         "rows of 144 bytes 0/4",
         "one row for all lanes 0/4",
     ]
+
+
+RIGHT_PRODUCTS = [
+    "float16 64: right, no bank conflicts",
+    "float16 32: right, no bank conflicts",
+    "bfloat16 96: right, no bank conflicts",
+    "TF32 32: right, no bank conflicts",
+    "float32 48: right, no bank conflicts",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_products(programs: Programs, order: str) -> None:
+    result = programs.run("product", "plain", order, sources=TESTS.parent / "csrc")
+    assert result.stdout.splitlines() == RIGHT_PRODUCTS
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "says"),
+    [
+        # The swizzle of tiles in shared memory: the results are right without it.
+        ("tile.cuh", "chunk ^ (", "chunk + 0 * (", "right, bank conflicts"),
+        # Which rows and chunks the four matrices of a fragment are.
+        ("tile.cuh", "row + lane % 16, lane / 16,", "row + lane / 16 * 8 + lane % 8, lane / 8 % 2,", "wrong"),
+        ("tile.cuh", "lane % 8 + lane / 16 * 8, lane / 8 % 2,", "lane % 16, lane / 16,", "wrong"),
+        # Which accumulators become which words of the next product's operand.
+        ("tile.cuh", "c[2 * step + i / 2] + i % 2 * 2", "c[2 * step + i % 2] + i / 2 * 2", "wrong"),
+        ("tile.cuh", "c[step][i % 2 * 2 + i / 2]", "c[step][i]", "wrong"),
+        # Where mma has the elements of C, and ldmatrix the halves of a transposed matrix.
+        ("primitives.cuh", "column = lane % 4 * 2 + i % 2", "column = lane % 4 + i % 2 * 4", "wrong"),
+        ("primitives.cuh", "column = kTransposed ? g", "column = kTransposed ? 7 - g", "wrong"),
+    ],
+)  # fmt: skip
+def test_fault_planted_in_the_kernels(
+    programs: Programs, tmp_path: Path, file: str, right: str, wrong: str, says: str
+) -> None:
+    """A lost swizzle, and fragments that lie otherwise than the PTX ISA has them."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(TESTS.parent / "csrc", sources)
+    text = (sources / "cuda" / file).read_text()
+    assert text.count(right) == 1
+    (sources / "cuda" / file).write_text(text.replace(right, wrong))
+    lines = programs.run("product", sources=sources).stdout.splitlines()
+    assert len(lines) == len(RIGHT_PRODUCTS)
+    assert any(line.split(": ")[1].startswith(says) for line in lines), lines
