@@ -4,6 +4,8 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 NATIVE := setup.py setup_cuda.py pyproject.toml $(CSRC)
 RESULTS := bench/results
+# On every core, up to eight.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 CXX_FILES := $(CSRC) $(wildcard attn_ext/benchmark/*.cpp bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
 .PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report triton-report gpu lint format stubs wheel clean
@@ -12,10 +14,11 @@ demo: .venv/built  ## train a small language model with stock attention and with
 	$(BIN)/python -m examples.demo
 
 test: .venv/built  ## the test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-exhaustive: .venv/built  ## the full sweep of the contract suite
-	$(BIN)/python -m pytest -m exhaustive
+exhaustive: .venv/built  ## the full sweep of the contract suite; on emulated CUDA kernels also with their lanes in another order
+	$(PYTEST) -m exhaustive
+	ATTN_EXT_EMULATOR_ORDER=20 $(PYTEST) tests/test_contract.py -k cuda_emulated-800
 
 sanitize: .venv/built  ## the contract suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh

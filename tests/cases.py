@@ -142,6 +142,7 @@ CASES = [
     Case("head_dim_16", lambda s: {}, Sizes(head_dim=16, value_dim=16)),
     Case("head_dim_64", lambda s: {"causal": True}, Sizes(head_dim=64, value_dim=64)),
     Case("head_dim_512", lambda s: {}, Sizes(1, 2, 2, 50, 70, 512, 509)),
+    Case("head_dim_1000", lambda s: {}, Sizes(1, 1, 1, 40, 60, 1000, 20)),
     # AMX: whole tiles and a rest in every product, an even and an odd number of tiles.
     Case("rests_of_tiles", lambda s: {"causal": "lower_right"}, Sizes(1, 4, 2, 97, 305, 100, 77)),
     *(

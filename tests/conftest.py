@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     """What runs emulated or interpreted is too slow for the full sweep itself.
 
     Of the rest, the interpreter has a part in every run, and all of it with `-m exhaustive`.
+    Processes of pytest-xdist share out the contract suite; other files, whose tests may have
+    something compiled in common, stay whole.
     """
     slow = {
         item
@@ -68,6 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         name = item.name.replace("[triton-", "[").replace("[triton]", "")
         if name != item.name and name not in interpreted.BY_DEFAULT:
             item.add_marker(pytest.mark.exhaustive)
+        if item.path.name != "test_contract.py":
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
-// `top` is given it becomes the maximum of itself and each column of C = A B.
+// `top` is given it becomes the maximum of itself and each column of C.
 template <typename Real>
 struct Into {
   Real* c;
@@ -46,15 +46,6 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
     }
   }
-  if (into.top) {
-#pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) {
-      Vec<Real> top = load(into.top + n * kW);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) top = simd_max<Real>(sum[m][n], top);
-      store<Real>(into.top + n * kW, top);
-    }
-  }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -63,6 +54,15 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       if (into.scale) sum[m][n] += load(to) * load(into.scale + n * kW);
       if (into.accumulate) sum[m][n] += load(to);
       store<Real>(to, sum[m][n]);
+    }
+  }
+  if (into.top) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      Vec<Real> top = load(into.top + n * kW);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) top = simd_max<Real>(sum[m][n], top);
+      store<Real>(into.top + n * kW, top);
     }
   }
 }
@@ -83,11 +83,20 @@ void multiply_column(int64_t rows, const Element* a, int64_t lda, const Element*
   }
 }
 
-// C (rows x vectors) (+)= A (rows x depth) B (depth x vectors).
+// C (rows x vectors) (+)= A (rows x depth) B (depth x vectors). Long sums are made of parts, whose
+// rounding errors don't grow with the whole.
 template <bool kRowsAdjacent, typename Element, typename Real>
 void multiply(int64_t rows, int64_t vectors, int64_t depth, const Element* a, int64_t lda,
               const Element* b, int64_t ldb, Into<Real> into) {
   constexpr int kW = kLanes<Real>;
+  constexpr int64_t kMostDepth = 128;
+  while (depth > kMostDepth) {
+    Into<Real> part = into;
+    part.top = nullptr;
+    multiply<kRowsAdjacent>(rows, vectors, kMostDepth, a, lda, b, ldb, part);
+    a += kMostDepth * (kRowsAdjacent ? lda : 1), b += kMostDepth * ldb, depth -= kMostDepth;
+    into.accumulate = true, into.scale = nullptr;
+  }
   while (vectors > 0) {
     // Columns of 4 vectors where they divide evenly, else 3, so that a narrow rest is rare.
     const int64_t width = vectors % 4 == 0 ? 4 : vectors == 5 || vectors >= 3 ? 3 : vectors;

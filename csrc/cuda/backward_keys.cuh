@@ -23,8 +23,8 @@ struct KeyGradientShape {
   static constexpr int kKeys = 16 * kMTiles * kWarps;
   static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
   // What fits the registers, and shared memory twice or, where it is short, once.
-  static constexpr bool kFew = kRowBytes == (kIsTuring<Element> ? 256 : 128);
-  static constexpr int kRows = kRowBytes <= 256 && kIsHalf<Element> && !kFew ? 32 : 16;
+  static constexpr int kRows =
+      kIsHalf<Element> && kRowBytes <= (kIsTuring<Element> ? 192 : 256) ? 32 : 16;
   static constexpr int kStages = kRowBytes <= (kIsTuring<Element> ? 192 : 768) ? 2 : 1;
   using Keys = Tile<Element, kKeys, kWidth, 0>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
@@ -126,13 +126,16 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
   const int group = static_cast<int>(p.query_heads) / key_heads;
   const int first_key = block * Shape::kKeys;
   auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
-  // In shared memory, since registers are short.
-  const TileOrder& order = tile_rows.order;
-  if (threadIdx.x == 0) {
-    tile_rows.order =
-        TileOrder::of_rows(p, first_key, first_key + Shape::kKeys - 1, kRows, kGeneral);
+  // Registers are short. What is in shared memory, is computed where it is used (`here`), or is
+  // `kept`, was found by trying: nothing spills so up to 128 wide at 7.5 to 9.0.
+  constexpr bool kNarrow = !kGeneral && Shape::kRowBytes <= 128;
+  const auto placed = [](auto lane) { return kNarrow ? lane.here() : lane; };
+  TileOrder own_order;
+  TileOrder& order = kNarrow ? own_order : tile_rows.order;
+  if (kNarrow || threadIdx.x == 0) {
+    order = TileOrder::of_rows(p, first_key, first_key + Shape::kKeys - 1, kRows, kGeneral);
   }
-  synchronize_block();
+  if (!kNarrow) synchronize_block();
   const bool weights_only = kGeneral && to.dweights;
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
@@ -143,10 +146,12 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
   commit_copies();
 
   const int warp_key = warp_index() * 16 * kMTiles;
-  const auto lane_k = Keys::Lane::of_a(warp_key);
-  const auto lane_v = Values::Lane::of_a(warp_key);
-  const auto lane_q = Queries::Lane::of_b(), lane_q_by_row = Queries::Lane::of_a();
-  const auto lane_do = Gradients::Lane::of_b(), lane_do_by_row = Gradients::Lane::of_a();
+  const auto lane_k = placed(Keys::Lane::of_a(warp_key));
+  const auto lane_v = placed(Values::Lane::of_a(warp_key));
+  const auto lane_q = placed(Queries::Lane::of_b());
+  const auto lane_do = placed(Gradients::Lane::of_b());
+  const auto lane_q_by_row = Queries::Lane::by_row();
+  const auto lane_do_by_row = Gradients::Lane::by_row();
   float dk[kWantsKeys ? kMTiles : 1][kOutTiles][4] = {};
   float dv[kWantsValues ? kMTiles : 1][kOutTiles][4] = {};
   uint32_t stage = 0;
@@ -160,13 +165,14 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
     const auto douts =
         source_of<Gradients, !kGeneral>(to.dout, batch, head.head, p.query_length, p.value_dim);
     // LSE and term of row `thread` of a tile.
-    const float* lse = kept(at<const float>(to.lse, batch, head.head, thread));
-    const float* terms = kept(at<const float>(to.row_term, batch, head.head, thread));
+    const float* lse = at<const float>(to.lse, batch, head.head, thread);
+    const float* terms = at<const float>(to.row_term, batch, head.head, thread);
+    if (!kNarrow) lse = kept(lse), terms = kept(terms);
     RowValues ahead{};  // of the next tile's row of this thread
     const auto copy_rows = [&](int row, uint32_t to_stage, auto edge) {
       constexpr bool kWhole = !decltype(edge)::value;
       queries.template copy<kWhole>(row, to_stage);
-      if (!weights_only) douts.template copy<kWhole>(row, to_stage);
+      if (!weights_only) (kNarrow ? douts.here() : douts).template copy<kWhole>(row, to_stage);
       commit_copies();
       ahead = {kInfinity, 0, 0};
       if (thread >= kRows || (!kWhole && row + thread >= query_length)) return;

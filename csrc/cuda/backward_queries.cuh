@@ -89,7 +89,7 @@ __device__ __attribute__((noinline)) void careful_query(const Problem& p,
 }
 
 template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
+__global__ void __launch_bounds__(kThreads, kIsTuring<Element> || !kIsHalf<Element> ? 2 : 0)
     query_gradients(const __grid_constant__ Problem p,
                     const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> ? 2 : 0)
   const auto lane_do = Gradients::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_b();
-  const auto lane_k_by_row = Keys::Lane::of_a();
+  const auto lane_k_by_row = Keys::Lane::by_row();
   const auto load_row = [&](int row) {
     return RowValues::load<Element>(p, to.lse, weights_only ? View{} : to.row_term, head, row);
   };

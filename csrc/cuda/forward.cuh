@@ -359,9 +359,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
 // How many blocks ptxas is to leave registers for, found by trying: 0 leaves it to itself, and is
 // what it spills nothing with in the other kernels.
 template <typename Element, bool kGeneral>
-constexpr int kForwardBlocks =
-    std::is_same_v<Element, float> ? (ATTN_EXT_ARCHITECTURE < 800 ? 2 : 0)
-                                   : (kGeneral || kIsTuring<Element> ? 2 : 0);
+constexpr int kForwardBlocks = kGeneral || kIsTuring<Element> ? 2 : 0;
 
 template <typename Element, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
@@ -399,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
   const int t = lane_index() % 4, warp_row = warp_index() * 16 * kMTiles;
   const auto lane_q = Queries::Lane::of_a(warp_row);
   const auto lane_k = Keys::Lane::of_b();
-  const auto lane_v = Values::Lane::of_a();
+  const auto lane_v = Values::Lane::by_row();
   // The general kernel's scores are in units of log2 already.
   const float factor = kGeneral ? 1.0f : head.scale;
   Softmax<kMTiles> softmax;

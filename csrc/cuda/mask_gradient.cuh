@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_copies<0>();
     synchronize_block();
     multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                         Element{});
+                                         Any<Element>{});
     if (to.dout) {
       synchronize_block();
       source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       wait_for_copies<0>();
       synchronize_block();
       multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                           Element{});
+                                           Any<Element>{});
     }
     const View none{};
     const auto of_row = [&](int i) {

@@ -48,6 +48,13 @@ struct BFloat16 {
 struct TF32 {
   float value;
 };
+// How float32 is multiplied where inf must not become NaN.
+struct AnyFloat32 {
+  float value;
+};
+// What to multiply elements as, if so.
+template <typename Element>
+using Any = std::conditional_t<std::is_same_v<Element, float>, AnyFloat32, Element>;
 
 template <typename Element>
 constexpr bool kIsHalf = sizeof(Element) == 2;
@@ -527,24 +534,43 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 }
 
 // Accurate to float32: each operand is the sum of two TF32, and the product of the two small parts
-// is left out ("3xTF32"; Ootomo and Yokota, 2022, arXiv:2203.03341). What is not finite has no
-// small part.
+// is left out ("3xTF32"; Ootomo and Yokota, 2022, arXiv:2203.03341). kAny: what is not finite has
+// no small part; else its product is NaN.
+template <bool kAny>
+__device__ __forceinline__ void multiply_add_in_parts(float (&c)[4], const uint32_t (&a)[4],
+                                                      uint32_t b0, uint32_t b1) {
+  struct Parts {
+    uint32_t large, small;
+  };
+  const auto split = [](uint32_t bits) -> Parts {
+    const float x = float_of(bits);
+    const uint32_t large = to_tf32(x);
+    const float rest = x - float_of(large);
+    return {large, !kAny || rest == rest ? to_tf32(rest) : 0};
+  };
+  // No loop: arrays that one fills would be stored to memory as well.
+  const Parts a0 = split(a[0]), a1 = split(a[1]), a2 = split(a[2]), a3 = split(a[3]);
+  const Parts first = split(b0), second = split(b1);
+  const uint32_t large[4] = {a0.large, a1.large, a2.large, a3.large};
+  const uint32_t small[4] = {a0.small, a1.small, a2.small, a3.small};
+  multiply_add_tf32(c, small, first.large, second.large);
+  multiply_add_tf32(c, large, first.small, second.small);
+  multiply_add_tf32(c, large, first.large, second.large);
+}
+
+// For kernels that compute rows again which are not finite.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, float) {
 #if ATTN_EXT_ARCHITECTURE >= 800
-  const auto split = [](uint32_t bits, uint32_t* large, uint32_t* small) {
-    const float x = float_of(bits);
-    *large = to_tf32(x);
-    const float rest = x - float_of(*large);
-    *small = rest == rest ? to_tf32(rest) : 0;
-  };
-  uint32_t large[4], small[4], large_b[2], small_b[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) split(a[i], &large[i], &small[i]);
-  split(b0, &large_b[0], &small_b[0]), split(b1, &large_b[1], &small_b[1]);
-  multiply_add_tf32(c, small, large_b[0], large_b[1]);
-  multiply_add_tf32(c, large, small_b[0], small_b[1]);
-  multiply_add_tf32(c, large, large_b[0], large_b[1]);
+  multiply_add_in_parts<false>(c, a, b0, b1);
+#else
+  multiply_add_by_lanes(c, a, b0, b1);
+#endif
+}
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, AnyFloat32) {
+#if ATTN_EXT_ARCHITECTURE >= 800
+  multiply_add_in_parts<true>(c, a, b0, b1);
 #else
   multiply_add_by_lanes(c, a, b0, b1);
 #endif

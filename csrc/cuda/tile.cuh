@@ -58,6 +58,15 @@ struct Tile {
       const int lane = lane_index();
       return make(lane % 8 + lane / 16 * 8, lane / 8 % 2, shift);
     }
+    // Of B, whose rows are those of the tile: halves are transposed as they are loaded; of four
+    // float32 the first, see at_value.
+    __device__ __forceinline__ static Lane by_row() {
+      if constexpr (sizeof(Element) == 2) return of_a();
+      const int g = lane_index() / 4, t = lane_index() % 4;
+      Lane lane = make(2 * t, g / 4, 0);
+      lane.start += g % 4 * static_cast<uint32_t>(sizeof(Element));
+      return lane;
+    }
     __device__ __forceinline__ static Lane make(int row, int chunk, uint32_t shift) {
       return {row * kRowBytes + 16 * exchanged(row, chunk), shift};
     }
@@ -69,6 +78,14 @@ struct Tile {
       const uint32_t turned = start ^ static_cast<uint32_t>(2 * step % kPanelChunks * 16);
       return turned + shift + kStart + 2 * step / kPanelChunks * kPanelBytes +
              first_row * kRowBytes;
+    }
+    // For by_row: of the lane's four values in rows `first_row` + 2 t and + 2 t + 1 and columns
+    // 16 * `block` + g and + g + 8, value i, those of one column first. Rows count by eights.
+    __device__ __forceinline__ uint32_t at_value(int first_row, int block, int i) const {
+      static_assert(sizeof(Element) == 2 || kPanelChunks == 8, "a row's number turns 8 chunks");
+      const int chunk = 4 * block + i / 2 * 2;
+      const uint32_t turned = start ^ static_cast<uint32_t>((chunk % 8 ^ i % 2) * 16);
+      return turned + shift + kStart + chunk / 8 * kPanelBytes + (first_row + i % 2) * kRowBytes;
     }
   };
 };
@@ -173,12 +190,9 @@ __device__ __forceinline__ void load_b_by_row(uint32_t (&b)[4], typename Tile::L
   if constexpr (kIsHalf<Element>) {
     load_matrices<true>(b, lane.at(row, block));
   } else {
-    const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t from =
-          Tile::offset(row + 2 * t + i % 2, 16 * block + i / 2 * 8 + g) + lane.shift;
-      b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(from));
+      b[i] = *reinterpret_cast<const uint32_t*>(shared_pointer(lane.at_value(row, block, i)));
     }
   }
 }
@@ -237,10 +251,11 @@ __device__ __forceinline__ void multiply_accumulators(float (&c)[kMTiles][kNTile
     uint32_t a[kMTiles][4];
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) accumulators_as_a<Element>(p[m], step, a[m]);
+    const auto lane = kIsHalf<Element> ? lane_b : lane_b.here();
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
       uint32_t b[4];
-      load_b_by_row<TileB>(b, lane_b, kDepth<Element> * step, n / 2, element);
+      load_b_by_row<TileB>(b, lane, kDepth<Element> * step, n / 2, element);
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
         multiply_add(c[m][n], a[m], b[0], b[1], element);

@@ -178,7 +178,7 @@ RIGHT_PRODUCTS = [
     "float16 32: right, no bank conflicts",
     "bfloat16 96: right, no bank conflicts",
     "TF32 32: right, no bank conflicts",
-    "float32 48: right, no bank conflicts",
+    "float32 96: right, no bank conflicts",
 ]
 
 

@@ -41,7 +41,7 @@ __global__ void multiply(const Operands given) {
   float s[1][kKeys / 8][4] = {}, out[1][kWidth / 8][4] = {};
   multiply_rows<A, B, kWidth / kDepth<Element>>(s, A::Lane::of_a(first), B::Lane::of_b(),
                                                 Element{});
-  multiply_accumulators<V>(out, s, V::Lane::of_a(), Element{});
+  multiply_accumulators<V>(out, s, V::Lane::by_row(), Element{});
   for (int n = 0; n < kWidth / 8; ++n) {
     for (int i = 0; i < 4; ++i) {
       const int row = first + lane_index() / 4 + i / 2 * 8;
@@ -98,5 +98,5 @@ int main() {
   check<Float16, 32>("float16");
   check<BFloat16, 96>("bfloat16");
   check<TF32, 32>("TF32");
-  check<float, 48>("float32");
+  check<float, 96>("float32");
 }
