@@ -34,6 +34,7 @@ _OPERATIONS = {
 _DTYPES = {
     "Float16": "float16",
     "TuringFloat16": "float16",
+    "TuringFloat32": "float32",
     "BFloat16": "bfloat16",
     "TF32": "TF32",
     "float": "float32",

@@ -26,13 +26,16 @@ struct KeyGradientShape {
   static constexpr int kRows =
       kIsHalf<Element> && kRowBytes <= (kIsTuring<Element> ? 192 : 256) ? 32 : 16;
   static constexpr int kStages = kRowBytes <= (kIsTuring<Element> ? 192 : 768) ? 2 : 1;
+  // The block's values of so many bytes are read where they lie.
+  static constexpr bool kInPlace = kRowBytes >= (kIsTuring<Element> ? 512 : 768);
   using Keys = Tile<Element, kKeys, kWidth, 0>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
   // Of each stage; the second one's are the first's, kStageBytes further.
-  using Queries = Tile<Element, kRows, kWidth, Values::kEnd>;
+  static constexpr uint32_t kStart = kInPlace ? Keys::kEnd : Values::kEnd;
+  using Queries = Tile<Element, kRows, kWidth, kStart>;
   using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
-  static constexpr uint32_t kStageBytes = Gradients::kEnd - Values::kEnd;
-  static constexpr uint32_t kTileRows = Values::kEnd + kStages * kStageBytes;
+  static constexpr uint32_t kStageBytes = Gradients::kEnd - kStart;
+  static constexpr uint32_t kTileRows = kStart + kStages * kStageBytes;
   // What the rows of a tile bring along; minus their terms lie as a C fragment takes them, each
   // pair of columns twice.
   struct TileRows {
@@ -129,7 +132,10 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
   // Registers are short. What is in shared memory, is computed where it is used (`here`), or is
   // `kept`, was found by trying: nothing spills so up to 128 wide at 7.5 to 9.0.
   constexpr bool kNarrow = !kGeneral && Shape::kRowBytes <= 128;
-  const auto placed = [](auto lane) { return kNarrow ? lane.here() : lane; };
+  const auto placed = [](auto lane) {
+    if constexpr (kNarrow) return lane.here();
+    return lane;
+  };
   TileOrder own_order;
   TileOrder& order = kNarrow ? own_order : tile_rows.order;
   if (kNarrow || threadIdx.x == 0) {
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
   const bool weights_only = kGeneral && to.dweights;
 
   source_of<Keys, !kGeneral>(p.key, batch, key_head, p.key_length, p.head_dim).copy(first_key);
-  if (!weights_only) {
+  if (kWantsKeys && !weights_only && !Shape::kInPlace) {
     source_of<Values, !kGeneral>(p.value, batch, key_head, p.key_length, p.value_dim)
         .copy(first_key);
   }
@@ -147,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
 
   const int warp_key = warp_index() * 16 * kMTiles;
   const auto lane_k = placed(Keys::Lane::of_a(warp_key));
-  const auto lane_v = placed(Values::Lane::of_a(warp_key));
+  const auto lane_v = placed(rows_of_a<Values, Shape::kInPlace>(p.value, batch, key_head, first_key,
+                                                                warp_key, key_length, p.value_dim));
   const auto lane_q = placed(Queries::Lane::of_b());
   const auto lane_do = placed(Gradients::Lane::of_b());
   const auto lane_q_by_row = Queries::Lane::by_row();
@@ -195,9 +202,9 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
         return tile_rows.get(4 * n + lane_index() % 4, j);
       };
       start_gradients<!kGeneral>(dp, values_of);
-      multiply_rows<Keys, Queries, kSteps>(s, lane_k, lane_q.moved(now), Element{});
-      if (!weights_only) {
-        multiply_rows<Values, Gradients, kSteps>(dp, lane_v, lane_do.moved(now), Element{});
+      multiply_rows<Queries, kSteps>(s, lane_k, lane_q.moved(now), Element{});
+      if (kWantsKeys && !weights_only) {
+        multiply_rows<Gradients, kSteps>(dp, lane_v, lane_do.moved(now), Element{});
       }
       const int here = static_cast<int>(thread_here() / 32) * 16 * kMTiles;
       const auto place = Place<true>::of_lane(row, first_key + here);

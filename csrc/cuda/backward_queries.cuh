@@ -47,9 +47,11 @@ struct QueryGradientShape {
   static constexpr int kKeys = kRowBytes <= 256 && !kIsTuring<Element> ? 64
                                : kRowBytes <= 512                      ? 32
                                                                        : 16;
+  // The output gradients of so many bytes are read where they lie.
+  static constexpr bool kInPlace = kRowBytes >= (kIsTuring<Element> ? 384 : 768);
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Gradients = Tile<Element, kRows, kWidth, Queries::kEnd>;
-  using Keys = Tile<Element, kKeys, kWidth, Gradients::kEnd>;
+  using Keys = Tile<Element, kKeys, kWidth, kInPlace ? Queries::kEnd : Gradients::kEnd>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
   // Two rows of values a lane are too many for its registers.
   static constexpr bool kSharesRows = kMTiles == 2;
@@ -111,21 +113,23 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> || !kIsHalf<Eleme
 
   const auto queries =
       source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
-  const auto douts =
-      source_of<Gradients, !kGeneral>(to.dout, head.batch, head.head, p.query_length, p.value_dim);
   const auto keys =
       source_of<Keys, !kGeneral>(p.key, head.batch, head.key_head, p.key_length, p.head_dim);
   const auto values =
       source_of<Values, !kGeneral>(p.value, head.batch, head.key_head, p.key_length, p.value_dim);
   queries.copy(first_row);
-  if (!weights_only) douts.copy(first_row);
+  if (!weights_only && !Shape::kInPlace) {
+    source_of<Gradients, !kGeneral>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
+        .copy(first_row);
+  }
   if (order.start() >= 0) keys.copy(order.start() * kKeys);
   values.clear_beyond_width();
   commit_copies();
 
   const int g = lane_index() / 4, warp_row = warp_index() * 16 * kMTiles;
   const auto lane_q = Queries::Lane::of_a(warp_row);
-  const auto lane_do = Gradients::Lane::of_a(warp_row);
+  const auto lane_do = rows_of_a<Gradients, Shape::kInPlace>(
+      to.dout, head.batch, head.head, first_row, warp_row, query_length, p.value_dim);
   const auto lane_k = Keys::Lane::of_b();
   const auto lane_v = Values::Lane::of_b();
   const auto lane_k_by_row = Keys::Lane::by_row();
@@ -155,11 +159,11 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> || !kIsHalf<Eleme
     start_gradients<!kGeneral>(dp, values_of);
     if (!weights_only) values.template copy<!decltype(edge)::value>(key);
     commit_copies();
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q, lane_k, Element{});
+    multiply_rows<Keys, kSteps>(s, lane_q, lane_k, Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here
     if (!weights_only) {
-      multiply_rows<Gradients, Values, kSteps>(dp, lane_do, lane_v, Element{});
+      multiply_rows<Values, kSteps>(dp, lane_do, lane_v, Element{});
     }
     const auto place = Place<false>::of_lane(first_row + warp_row, key);
     if constexpr (kGeneral) {

@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
     synchronize_block();  // the keys are here, and nobody reads the values before any more
     values.here().template copy<!decltype(edge)::value>(key);
     commit_copies();
-    multiply_rows<Queries, Keys, kSteps>(s, lane_q.here(), lane_k.here(), Element{});
+    multiply_rows<Keys, kSteps>(s, lane_q.here(), lane_k.here(), Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
     if (next >= 0) keys.here().template copy<!decltype(edge)::value>(next);

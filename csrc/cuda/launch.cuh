@@ -49,12 +49,14 @@ void launch(const Settings& settings, int64_t blocks, int shared_bytes,
 // Calls call(Element{}) with the type that the tensors' elements are multiplied as.
 template <typename Call>
 void with_element(const Problem& p, const Settings& settings, Call call) {
+  const bool turing = settings.shared_limit <= 64 << 10;
   switch (p.dtype) {
     case DType::kFloat16:
-      return settings.shared_limit <= 64 << 10 ? call(TuringFloat16{}) : call(Float16{});
+      return turing ? call(TuringFloat16{}) : call(Float16{});
     case DType::kBFloat16:
       return call(BFloat16{});
     case DType::kFloat32:
+      if (turing) return call(TuringFloat32{});
       return settings.allow_tf32 ? call(TF32{}) : call(float{});
     default:
       throw std::runtime_error("the CUDA kernels take float16, bfloat16 and float32");

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
-    multiply_rows<Queries, Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                         Any<Element>{});
+    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
+                                Any<Element>{});
     if (to.dout) {
       synchronize_block();
       source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       commit_copies();
       wait_for_copies<0>();
       synchronize_block();
-      multiply_rows<Queries, Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                           Any<Element>{});
+      multiply_rows<Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
+                                  Any<Element>{});
     }
     const View none{};
     const auto of_row = [&](int i) {

@@ -39,8 +39,12 @@ using std::min;
 struct Float16 {
   uint16_t bits;
 };
-// On 7.5, where a block has 64 KiB and nothing copies in the background: smaller tiles.
+// On 7.5, where a block has 64 KiB and nothing copies in the background: smaller tiles. Before 8.0
+// tensor cores take halves alone; float32 is multiplied elsewhere there.
 struct TuringFloat16 : Float16 {};
+struct TuringFloat32 {
+  float value;
+};
 struct BFloat16 {
   uint16_t bits;
 };
@@ -59,11 +63,10 @@ using Any = std::conditional_t<std::is_same_v<Element, float>, AnyFloat32, Eleme
 template <typename Element>
 constexpr bool kIsHalf = sizeof(Element) == 2;
 template <typename Element>
-constexpr bool kIsTuring = std::is_same_v<Element, TuringFloat16>;
-// Before sm_80 tensor cores take halves alone; float32 is multiplied elsewhere there.
+constexpr bool kIsTuring =
+    std::is_same_v<Element, TuringFloat16> || std::is_same_v<Element, TuringFloat32>;
 template <typename Element>
-constexpr bool kAvailable =
-    std::is_same_v<Element, float> || kIsTuring<Element> == ATTN_EXT_ARCHITECTURE < 800;
+constexpr bool kAvailable = kIsTuring<Element> == ATTN_EXT_ARCHITECTURE < 800;
 
 __device__ __forceinline__ uint32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
@@ -120,6 +123,7 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(TF32 x) { return x.value; }
+__device__ __forceinline__ float to_float(TuringFloat32 x) { return x.value; }
 __device__ __forceinline__ float to_float(BFloat16 x) {
   return float_of(static_cast<uint32_t>(x.bits) << 16);
 }
@@ -139,6 +143,7 @@ __device__ __forceinline__ float to_float(Float16 x) {
 
 __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
 __device__ __forceinline__ void from_float(float x, TF32* to) { to->value = x; }
+__device__ __forceinline__ void from_float(float x, TuringFloat32* to) { to->value = x; }
 __device__ __forceinline__ void from_float(float x, Float16* to) {
 #if defined(ATTN_EXT_EMULATED)
   const _Float16 half = static_cast<_Float16>(x);
@@ -514,8 +519,8 @@ __device__ inline __attribute__((noinline)) Sums multiply_add_by_lanes(Sums sums
   }
   return sums;
 }
-__device__ __forceinline__ void multiply_add_by_lanes(float (&c)[4], const uint32_t (&a)[4],
-                                                      uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, TuringFloat32) {
   const Sums sums = multiply_add_by_lanes(Sums{{c[0], c[1], c[2], c[3]}},
                                           uint4{a[0], a[1], a[2], a[3]}, uint2{b0, b1});
 #pragma unroll
@@ -524,13 +529,9 @@ __device__ __forceinline__ void multiply_add_by_lanes(float (&c)[4], const uint3
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, TF32) {
-#if ATTN_EXT_ARCHITECTURE >= 800
   const uint32_t left[4] = {to_tf32(float_of(a[0])), to_tf32(float_of(a[1])),
                             to_tf32(float_of(a[2])), to_tf32(float_of(a[3]))};
   multiply_add_tf32(c, left, to_tf32(float_of(b0)), to_tf32(float_of(b1)));
-#else
-  multiply_add_by_lanes(c, a, b0, b1);
-#endif
 }
 
 // Accurate to float32: each operand is the sum of two TF32, and the product of the two small parts
@@ -561,19 +562,11 @@ __device__ __forceinline__ void multiply_add_in_parts(float (&c)[4], const uint3
 // For kernels that compute rows again which are not finite.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, float) {
-#if ATTN_EXT_ARCHITECTURE >= 800
   multiply_add_in_parts<false>(c, a, b0, b1);
-#else
-  multiply_add_by_lanes(c, a, b0, b1);
-#endif
 }
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, AnyFloat32) {
-#if ATTN_EXT_ARCHITECTURE >= 800
   multiply_add_in_parts<true>(c, a, b0, b1);
-#else
-  multiply_add_by_lanes(c, a, b0, b1);
-#endif
 }
 
 }  // namespace attn_ext::cuda

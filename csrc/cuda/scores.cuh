@@ -275,4 +275,18 @@ __device__ __forceinline__ Source<Tile, kPlain> source_of(const View& view, int 
                                     rows_are_aligned<Element>(view));
 }
 
+// A warp's rows of one head as an operand A: of a tile in shared memory that starts at row `first`,
+// or in place. `row`: the warp's first, of the tile.
+template <typename Tile, bool kInPlace>
+__device__ __forceinline__ auto rows_of_a(const View& view, int batch, int head, int first, int row,
+                                          int rows, int64_t width) {
+  if constexpr (kInPlace) {
+    using Element = typename Tile::Item;
+    return RowsInPlace<Element>::make(at<const Element>(view, batch, head, 0), view.stride[2],
+                                      first + row, rows, static_cast<int>(width));
+  } else {
+    return Tile::Lane::of_a(row);
+  }
+}
+
 }  // namespace attn_ext::cuda

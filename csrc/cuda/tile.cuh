@@ -79,6 +79,10 @@ struct Tile {
       return turned + shift + kStart + 2 * step / kPanelChunks * kPanelBytes +
              first_row * kRowBytes;
     }
+    // For of_a: the fragment of A.
+    __device__ __forceinline__ void load_a(uint32_t (&a)[4], int first_row, int step) const {
+      load_matrices<false>(a, at(first_row, step));
+    }
     // For by_row: of the lane's four values in rows `first_row` + 2 t and + 2 t + 1 and columns
     // 16 * `block` + g and + g + 8, value i, those of one column first. Rows count by eights.
     __device__ __forceinline__ uint32_t at_value(int first_row, int block, int i) const {
@@ -213,11 +217,41 @@ __device__ __forceinline__ void accumulators_as_a(const float (&c)[kTiles][4], i
   }
 }
 
-// C (16 kMTiles rows x 8 kNTiles columns) += A B^T, both along the rows of their tiles: queries and
-// keys, say.
-template <typename TileA, typename TileB, int kSteps, int kMTiles, int kNTiles, typename Element>
-__device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
-                                              typename TileA::Lane lane_a,
+// A warp's rows of an operand A where they lie in global memory: of tiles so wide that shared
+// memory has no room for one more. Takes the place of a Lane of A.
+template <typename Element>
+struct RowsInPlace {
+  const Element* rows[2];  // this lane's, or nullptr beyond the last
+  int width;
+
+  // 16 rows from `first` on, of `count`.
+  __device__ __forceinline__ static RowsInPlace make(const Element* start, int64_t stride,
+                                                     int first, int count, int width) {
+    const int row = first + lane_index() / 4;
+    return {{row < count ? start + row * stride : nullptr,
+             row + 8 < count ? start + (row + 8) * stride : nullptr},
+            width};
+  }
+  __device__ __forceinline__ void load_a(uint32_t (&a)[4], int, int step) const {
+    constexpr int kSize = static_cast<int>(sizeof(Element)), kChunk = 16 / kSize;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = (2 * step + i / 2) * kChunk + lane_index() % 4 * (4 / kSize);
+      const int left = rows[i % 2] == nullptr ? 0 : width - column;
+      if constexpr (kIsHalf<Element>) {
+        const uint32_t low = left > 0 ? rows[i % 2][column].bits : 0;
+        const uint32_t high = left > 1 ? rows[i % 2][column + 1].bits : 0;
+        a[i] = high << 16 | low;
+      } else {
+        a[i] = left > 0 ? bits_of(to_float(rows[i % 2][column])) : 0;
+      }
+    }
+  }
+};
+
+// C (16 kMTiles rows x 8 kNTiles columns) += A B^T, both along the rows: queries and keys, say.
+template <typename TileB, int kSteps, int kMTiles, int kNTiles, typename RowsOfA, typename Element>
+__device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4], RowsOfA rows_a,
                                               typename TileB::Lane lane_b, Element element) {
   // A product of float32 is long already.
   [[maybe_unused]] constexpr int kUnrolled = kIsHalf<Element> ? kSteps : 1;
@@ -225,7 +259,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4],
   for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) load_matrices<false>(a[m], lane_a.at(16 * m, step));
+    for (int m = 0; m < kMTiles; ++m) rows_a.load_a(a[m], 16 * m, step);
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
       uint32_t b[4];

@@ -8,6 +8,7 @@ import torch
 
 import attn_ext
 from attn_ext import dispatch
+from attn_ext.benchmark import accuracy
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -26,3 +27,58 @@ def test_matrices_are_loaded_without_bank_conflicts(
     extra, phases = module._cuda.take_bank_conflicts()
     assert phases > 0
     assert extra == 0
+
+
+WIDTHS = (32, 64, 96, 128, 192, 256)
+KIB = 1024
+
+
+@pytest.mark.parametrize(
+    ("kib", "dtype", "widest"),
+    [
+        (64, torch.float16, 256),  # 7.5
+        (64, torch.float32, 128),
+        (99, torch.float32, 256),  # 8.6, 8.9 and 12.0
+        (99, torch.bfloat16, 256),
+    ],
+)
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_widths_that_a_block_has_room_for(
+    kib: int, dtype: torch.dtype, widest: int, allow_tf32: bool
+) -> None:
+    module = emulated.backend(emulated.ARCHITECTURES[0])._cuda
+    needed = [module.shared_bytes(dtype, w, w, allow_tf32, kib * KIB) for w in WIDTHS]
+    assert [w for w, n in zip(WIDTHS, needed, strict=True) if n <= kib * KIB] == [
+        w for w in WIDTHS if w <= widest
+    ]
+
+
+@pytest.mark.parametrize("value_dim", [128, 189, 192, 250, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("architecture", emulated.ARCHITECTURES)
+def test_gradients_of_wide_heads(
+    architecture: int, dtype: torch.dtype, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an operand has no room in shared memory, it is read in place."""
+    module = emulated.backend(architecture)
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
+    monkeypatch.setitem(dispatch._modules, "cuda_emulated", module)
+    if architecture == 750 and dtype is torch.float32 and value_dim > 128:
+        pytest.skip("7.5 has too little shared memory")
+    sizes = [(1, 2, 70, 128), (1, 1, 75, 128), (1, 1, 75, value_dim), (1, 2, 70, value_dim)]
+    tensors = [torch.randn(size).to(dtype) for size in sizes]
+
+    def results(backend: str, dtype: torch.dtype, **more: object) -> list[torch.Tensor]:
+        *inputs, dout = (x.to(dtype) for x in tensors)
+        for x in inputs:
+            x.requires_grad_()
+        out = attn_ext.attention(*inputs, causal="lower_right", backend=backend, **more)
+        return [out, *torch.autograd.grad(out, inputs, dout)]
+
+    for more in ({}, {"softcap": 20.0}):  # the plain kernels and the general ones
+        exact = results("reference", torch.float64, **more)
+        ours = results("cuda_emulated", dtype, **more)
+        theirs = results("reference", dtype, **more)
+        for x, y, z in zip(ours, theirs, exact, strict=True):
+            unit = accuracy.rounding_unit(z, dtype)
+            assert accuracy.error(x, z) <= accuracy.FACTOR * accuracy.error(y, z) + unit

@@ -39,8 +39,7 @@ __global__ void multiply(const Operands given) {
 
   const int first = 16 * warp_index();
   float s[1][kKeys / 8][4] = {}, out[1][kWidth / 8][4] = {};
-  multiply_rows<A, B, kWidth / kDepth<Element>>(s, A::Lane::of_a(first), B::Lane::of_b(),
-                                                Element{});
+  multiply_rows<B, kWidth / kDepth<Element>>(s, A::Lane::of_a(first), B::Lane::of_b(), Element{});
   multiply_accumulators<V>(out, s, V::Lane::by_row(), Element{});
   for (int n = 0; n < kWidth / 8; ++n) {
     for (int i = 0; i < 4; ++i) {
