@@ -59,8 +59,8 @@ format: .venv/installed
 stubs: .venv/built  ## regenerate the native modules' type stubs
 	$(BIN)/python tests/stubs.py
 
-wheel:  ## build a wheel; needs no torch
-	$(PYTHON) -m pip wheel --no-deps -w dist .
+wheel:  ## build a wheel, by default for every GPU, not only those of this machine; needs no torch
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0+PTX}" $(PYTHON) -m pip wheel --no-deps -w dist .
 
 clean:
 	rm -rf .venv build dist *.egg-info attn_ext/*.so

@@ -6,7 +6,8 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST   what to compile for, as "8.0;9.0+PTX"; PTX runs on newer devices too,
                            whose driver compiles it when first used. By default this machine's GPUs
                            with PTX, and "7.5;8.0+PTX" where it has none
-    ATTN_EXT_BUILD_JOBS    how many files are compiled at once; as many as there are cores by default
+    ATTN_EXT_BUILD_JOBS    how many files are compiled at once, for two architectures at a time; as
+                           many as there are cores by default
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import pathlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pybind11.setup_helpers import build_ext
 
 OLDEST = 75
-NEWER = 80
+AMPERE = 80
 """From here on the sources are the same: one PTX serves every newer architecture."""
 DEFAULT = "7.5;8.0+PTX"
 """Every GPU from Turing on: machine code for the two whose sources differ."""
@@ -38,18 +39,20 @@ class Architectures:
 
     def flags(self) -> list[str]:
         """What nvcc has to be told, and device.cu about machine code and PTX."""
-        codes = [(min(NEWER, a), f"sm_{a}") for a in self.machine_code]
-        codes += [(NEWER, f"compute_{NEWER}")] if self.ptx else []
+        codes = [(min(AMPERE, a), f"sm_{a}") for a in self.machine_code]
+        codes += [(AMPERE, f"compute_{AMPERE}")] if self.ptx else []
         comma = r"\,"  # for nvcc, which takes several options in one
         return [
             *(f"-gencode=arch=compute_{virtual},code={code}" for virtual, code in codes),
             f"-DATTN_EXT_CUDA_CODE={comma.join(map(str, self.machine_code))}",
-            f"-DATTN_EXT_CUDA_PTX={NEWER if self.ptx else 0}",
+            f"-DATTN_EXT_CUDA_PTX={AMPERE if self.ptx else 0}",
         ]
 
 
 def choose_architectures(
-    listed: str, supported: tuple[int, ...], present: Iterable[int] = ()
+    listed: str,
+    supported: tuple[int, ...],
+    present: Callable[[], Iterable[int]] = lambda: (),
 ) -> Architectures:
     """The architectures of a TORCH_CUDA_ARCH_LIST; where it is empty, of the GPUs that are present.
 
@@ -58,7 +61,7 @@ def choose_architectures(
     """
     listed = listed.strip(" ;,\t\n")
     if not listed:
-        usable = sorted({a for a in present if a in supported and a >= OLDEST})
+        usable = sorted({a for a in present() if a in supported and a >= OLDEST})
         if usable:
             return Architectures(tuple(usable), ptx=True)
         listed = DEFAULT
@@ -80,12 +83,15 @@ def choose_architectures(
 
 
 def present_architectures(environment: Mapping[str, str]) -> tuple[int, ...]:
-    """Those of this machine's GPUs, as NVIDIA's driver lists them; none where there is no driver."""
+    """Those of this machine's GPUs as NVIDIA's driver lists them, none where there is no driver."""
     program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
     if program is None:
         return ()
     command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    result = subprocess.run(command, check=False, text=True, capture_output=True)
+    try:
+        result = subprocess.run(command, check=False, text=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # of a broken driver, which is no builder's affair
+        return ()
     found = re.findall(r"^(\d+)\.(\d)$", result.stdout, re.MULTILINE)
     return tuple(sorted({10 * int(major) + int(minor) for major, minor in found}))
 
@@ -129,7 +135,7 @@ class Toolkit:
         self.architectures = choose_architectures(
             environment.get("TORCH_CUDA_ARCH_LIST", ""),
             tuple(sorted(map(int, supported))),
-            present_architectures(environment),
+            lambda: present_architectures(environment),
         )
         places = (top / "lib64", top / "lib", *top.glob("targets/*/lib"))
         libraries = [folder / "libcudart_static.a" for folder in places]

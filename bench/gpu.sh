@@ -40,7 +40,12 @@ if ! "$python" -c 'import os, setup_cuda; raise SystemExit(not setup_cuda.find_n
   CUDA_HOME=$("$python" -c 'import nvidia.cu13; print(*nvidia.cu13.__path__)')
   export CUDA_HOME
 fi
-# setup_cuda.py compiles for the GPUs that it finds.
+# For the GPUs that torch finds, whatever the environment has: containers export lists of their own.
+TORCH_CUDA_ARCH_LIST=$("$python" -c '
+import torch
+found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+print(";".join(f"{major}.{minor}" for major, minor in sorted(found) if (major, minor) >= (7, 5)))')
+export TORCH_CUDA_ARCH_LIST
 ATTN_EXT_CUDA=1 "${install[@]}" --no-build-isolation --no-deps --force-reinstall -e .
 # For make: what is installed and built stays as it is.
 touch .venv/installed .venv/built

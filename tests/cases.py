@@ -121,6 +121,8 @@ CASES = [
     Case("positions", lambda s: {"causal": True, "q_start": 30, "k_start": 10}),
     Case("positions_far_away", lambda s: {"causal": True, "q_start": 2**33, "k_start": 0}),
     Case("everything", _everything, GROUPED),
+    Case("everything_wide", _everything, Sizes(1, 4, 2, 40, 50, 200, 230)),
+    Case("plain_wide", lambda s: {}, Sizes(1, 4, 2, 70, 75, 256, 192)),
     Case("one_by_one", lambda s: {"causal": True}, Sizes(1, 1, 1, 1, 1, 1, 1)),
     Case("one_query", lambda s: {"causal": "lower_right"}, Sizes(query_length=1, key_length=150)),
     Case("decode", lambda s: {"causal": "lower_right"}, DECODE),

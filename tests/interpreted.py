@@ -43,7 +43,7 @@ BY_DEFAULT = {
             "plain", "grouped_heads", "causal_lower_right_tall", "window", "bool_mask_heads",
             "float_mask_keys", "padding_float", "softcap_grouped_causal", "alibi_per_batch",
             "sinks_and_hidden_rows", "dropout_shifted", "positions_far_away", "everything",
-            "one_by_one", "negative_scale", "no_scale", "no_keys_with_sinks", "no_queries",
+            "plain_wide", "one_by_one", "negative_scale", "no_scale", "no_keys_with_sinks", "no_queries",
             "no_value_dim", "length_65",
         )
     ),
@@ -90,8 +90,9 @@ def _product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
         big_a, big_b = _tf32(a), _tf32(b)
         with np.errstate(invalid="ignore"):
             small_a, small_b = _tf32(a - big_a), _tf32(b - big_b)
-        small_a, small_b = (np.where(np.isfinite(x), x, 0) for x in (small_a, small_b))
-        return np.matmul(big_a, big_b) + (np.matmul(big_a, small_b) + np.matmul(small_a, big_b))
+            # As Triton's compiler has it: what is NaN of inf times a small part is left out.
+            crossed = np.matmul(big_a, small_b) + np.matmul(small_a, big_b)
+            return np.matmul(big_a, big_b) + np.where(np.isnan(crossed), 0, crossed)
     return np.matmul(a, b)
 
 

@@ -77,10 +77,11 @@ def add_tile(
 
 @triton.jit
 def sum_key_by_key(
-    queries, gradients, keys, values, outputs, lse, terms, dweights, share, first, stop,
+    queries, gradients, keys, values, outputs, lse, terms, dweights, share, dlse, first, stop,
     tile, problem, shape: tl.constexpr,
 ):  # fmt: skip
-    """Writes a block's rows of dQ, CAREFUL at a time, no hidden key being touched."""
+    """Writes a block's rows of dQ, CAREFUL at a time, no hidden key being touched; of weights,
+    their dLSE too."""
     offs_d, offs_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     rows, one = tl.arange(0, CAREFUL)[:, None], tl.arange(0, 1)
     for start_m in range(tile.start_m, tile.start_m + shape.BLOCK_M, CAREFUL):
@@ -92,6 +93,7 @@ def sum_key_by_key(
         here = Tile(tile.batch, tile.head, start_m, tile.start_n, rows, one[None, :])
         l_i, term = load_row_values(lse, terms, here, rows, problem, shape, True)
         dq = tl.zeros((CAREFUL, shape.BLOCK_D), tl.float32)
+        sums = tl.zeros((CAREFUL,), tl.float32)
         for key in range(first, stop):
             here = Tile(tile.batch, tile.head, start_m, key, rows, one[None, :])
             k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False)
@@ -102,12 +104,24 @@ def sum_key_by_key(
                 v = load_tile(values, key, one[:, None], offs_dv[None, :], shape.VALUE_DIM, False)
                 dp = tl.sum(do * v.to(tl.float32), 1)[:, None]
             keep = keep_of(here, problem, CAREFUL, 1, False)
-            weights, _, dproduct = gradients_of(
+            weights, ds, dproduct = gradients_of(
                 product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
             )
+            sums += tl.sum(ds, 1)
             dq = tl.where((dproduct != 0) | (weights != 0), dq + dproduct * k, dq)
         dq *= problem.scoring.scale
         store_tile(outputs, start_m, rows, offs_d[None, :], dq, shape.HEAD_DIM)
+        if dweights is not None:
+            store_dlse(dlse, tile, start_m, sums, CAREFUL, problem)
+
+
+@triton.jit
+def store_dlse(dlse, tile, start_m, sums, ROWS: tl.constexpr, problem):
+    """Minus the sums of a head's rows from `start_m` on."""
+    offs_m = tl.arange(0, ROWS)
+    pointers = start_of(dlse, tile.batch, tile.head)
+    pointers += (start_m + offs_m).to(tl.int64) * dlse.stride_l
+    tl.store(pointers, -sums, mask=offs_m < problem.sizes.query_length - start_m)
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
@@ -173,12 +187,10 @@ def backward_queries(
         tile = Tile(batch, head, start_m, 0, rows, offs_n)
         end = tl.minimum(stop * shape.BLOCK_N, sizes.key_length)
         sum_key_by_key(
-            queries, gradients, keys, values, outputs, lse, terms, dweights, share,
+            queries, gradients, keys, values, outputs, lse, terms, dweights, share, dlse,
             first * shape.BLOCK_N, end, tile, problem, shape,
         )  # fmt: skip
     else:
         store_tile(outputs, start_m, rows, offs_d, acc * scoring.scale, shape.HEAD_DIM)
-    if dweights is not None:
-        offs_m = tl.arange(0, shape.BLOCK_M)
-        pointers = start_of(dlse, batch, head) + (start_m + offs_m).to(tl.int64) * dlse.stride_l
-        tl.store(pointers, -sums, mask=offs_m < length - start_m)
+        if dweights is not None:
+            store_dlse(dlse, tile, start_m, sums, shape.BLOCK_M, problem)

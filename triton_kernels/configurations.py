@@ -170,7 +170,7 @@ def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> C
 
 
 def candidates_of(kernel: str, architecture: str, bits: int, width: int) -> list[Configuration]:
-    """What is worth timing, `configuration_of` first: a dozen or two.
+    """What is worth timing, `configuration_of` first: four to sixteen.
 
     They are the kernel's configurations for any head_dim and family of that vendor, and its own one
     with other warps, other stages, and with and without descriptors where hardware reads them.

@@ -2,13 +2,13 @@
 
 Every function plans its calls (`*_plan`, `*_plans`), which bench/compile_report.py compiles for
 other machines, and runs them on the current stream of the tensors' device. Nothing waits for the
-device: a seed on it is read there.
+device, unless `tuning` is asked for: a seed on it is read there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,14 +56,16 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A kernel's name, and what makes its call for a configuration."""
+    """A kernel's name, what makes its call for a configuration, and what else makes it another
+    kind of work than the problem says."""
 
     name: str
     call: Callable[[Configuration], Call]
+    kind: Hashable = None
 
     def run(self, architecture: str, problem: Problem) -> None:
         config = tuning.configuration(
-            self.name, architecture, problem, lambda config: self.call(config).run()
+            self.name, architecture, problem, self.kind, lambda config: self.call(config).run()
         )
         self.call(config).run()
 
@@ -193,9 +195,14 @@ def backward_plans(
             OVER_KEYS=keys == 1,
         )
 
-    plans = [Plan("backward_queries", queries_call), Plan("backward_keys", keys_call)]
+    plans = [
+        Plan("backward_queries", queries_call, for_weights),
+        Plan("backward_keys", keys_call, for_weights),
+    ]
     if dmask is not None:
-        plans.append(Plan("mask_gradient", mask_call))
+        plans.append(
+            Plan("mask_gradient", mask_call, (for_weights, *(n == 1 for n in dmask.shape)))
+        )
     if out is not None and dout is not None:
         plans.insert(0, _row_terms_plan(problem, out, dout, dlse, row_term))
     return plans
@@ -242,7 +249,7 @@ def weights_plan(
         grid = problem.batch * heads * row_blocks * key_blocks
         return Call(weights_kernel, grid, arguments, _options(config))
 
-    return Plan("weights", call)
+    return Plan("weights", call, average)
 
 
 def _row_terms_plan(

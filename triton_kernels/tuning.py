@@ -1,7 +1,7 @@
 """Configurations timed on the GPU at hand, where ATTN_EXT_TRITON_AUTOTUNE=1 asks for it.
 
-A kernel's first call with a new kind of problem then compiles and times every candidate (a minute
-or so) and keeps the fastest for the rest of the process. TRITON_PRINT_AUTOTUNING=1 prints them.
+A kernel's first call with a new kind of problem then compiles and times every candidate (up to a
+minute) and keeps the fastest for the rest of the process. TRITON_PRINT_AUTOTUNING=1 prints them.
 triton.autotune itself would not do: sizes of blocks are parts of tuples here, from which grids and
 descriptors follow.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 import triton
+from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
@@ -31,9 +32,15 @@ _fastest: dict[Hashable, Configuration] = {}
 
 
 def configuration(
-    kernel: str, architecture: str, problem: Problem, run: Callable[[Configuration], None]
+    kernel: str,
+    architecture: str,
+    problem: Problem,
+    kind: Hashable,
+    run: Callable[[Configuration], None],
 ) -> Configuration:
     """The configuration for a kernel's call; `run` makes the call, as often as it takes.
+
+    `kind`: what makes it another kind of work than `problem` says.
 
     While a CUDA graph is captured nothing can be timed, and the table's is what a problem gets that
     was not run before.
@@ -42,7 +49,7 @@ def configuration(
     size = architecture, problem.query.element_size() * 8, width
     if not ENABLED:
         return configuration_of(kernel, *size)
-    key = (kernel, architecture, *_kind_of(problem))
+    key = (kernel, architecture, kind, *_kind_of(problem))
     if key not in _fastest:
         if problem.query.is_cuda and torch.cuda.is_current_stream_capturing():
             return configuration_of(kernel, *size)
@@ -59,7 +66,7 @@ def _time(run: Callable[[Configuration], None], config: Configuration) -> float:
     """Milliseconds; infinitely many where it does not fit the GPU."""
     try:
         return do_bench(lambda: run(config), return_mode="median")
-    except (OutOfResources, PTXASError):
+    except (CompileTimeAssertionFailure, OutOfResources, PTXASError):
         return math.inf
 
 

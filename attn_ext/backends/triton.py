@@ -1,6 +1,7 @@
 """The Triton kernels of triton_kernels/, for GPUs of NVIDIA and AMD.
 
-They run on the current stream of the tensors' device, and nothing waits for it. In Triton's
+They run on the current stream of the tensors' device, and nothing waits for it, unless block sizes
+are timed (triton_kernels/tuning.py). In Triton's
 interpreter (TRITON_INTERPRET=1 when the process starts) they take CPU tensors instead, slowly.
 """
 

@@ -2,9 +2,10 @@
 // 2, the column's half of it).
 //
 // Grid: a block for kKeys keys of one key head. Block: four warps, each with 16 or 32 keys of its
-// own. The block's keys and values stay in shared memory; tiles of queries and output gradients of
-// all heads that share the key head pass by, copied ahead where two of them fit. Everything is
-// transposed, keys being the rows, so that weights go from accumulators to operands in registers:
+// own. The block's keys and values stay in shared memory, values that have no room there in global
+// memory; tiles of queries and output gradients of all heads that share the key head pass by,
+// copied ahead where two of them fit. Everything is transposed, keys being the rows, so that
+// weights go from accumulators to operands in registers:
 //     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - term)
 //     dV += P^T dO;  dK += dS^T Q
 // Heads wider than 192 take two passes, one for dV and one for dK, whose sums would not fit the

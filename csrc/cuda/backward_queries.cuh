@@ -2,8 +2,8 @@
 // 2, the row's half of it: nothing is atomic, so the result does not depend on timing).
 //
 // Grid and block as in forward.cuh, whose plan this follows: a block of query rows stays, tiles of
-// keys and values pass by. Shared memory: the block's queries and output gradients, a tile of keys,
-// a tile of values.
+// keys and values pass by. Shared memory: the block's queries and, where there is room, output
+// gradients, a tile of keys, a tile of values.
 //     S = Q K^T;  dP = dO V^T;  dS = exp2(S - lse) (dP - term);  dQ += dS K
 // With a gradient of the weights instead of one of the output (dweights), dP is read, the term is 0
 // and minus the sum of each row of dS is written as the LSE's gradient.
@@ -59,7 +59,8 @@ struct QueryGradientShape {
       Values::kEnd + (kSharesRows ? kRows * static_cast<int>(sizeof(RowValues)) : 0);
 };
 
-// One row of dQ by a whole warp, pair by pair: a hidden key that is not finite is never touched.
+// One row of dQ by a whole warp, pair by pair: a hidden key that is not finite is never touched. Of
+// weights, its dLSE as well.
 template <typename Element, int kWidth>
 __device__ __attribute__((noinline)) void careful_query(const Problem& p,
                                                         const BackwardArguments& to,
@@ -69,9 +70,10 @@ __device__ __attribute__((noinline)) void careful_query(const Problem& p,
   const View none{};
   const RowValues values =
       RowValues::load<Element>(p, to.lse, to.dweights ? none : to.row_term, head, row);
-  float sum[kColumns] = {};
+  float sum[kColumns] = {}, of_scores = 0;
   for (int key = visible.begin; key < visible.end; ++key) {
     const PairGradient pair = careful_pair<Element>(p, to, head, row, key, values);
+    of_scores += pair.of_score;
     if (pair.of_product == 0) continue;
     const Element* k = at<const Element>(p.key, head.batch, head.key_head, key);
 #pragma unroll
@@ -87,6 +89,9 @@ __device__ __attribute__((noinline)) void careful_query(const Problem& p,
       from_float(sum[i] * static_cast<float>(p.scale),
                  at<Element>(to.dquery, head.batch, head.head, row, d));
     }
+  }
+  if (to.dweights && lane_index() == 0) {
+    *at<float>(to.row_term, head.batch, head.head, row) = -of_scores;
   }
 }
 

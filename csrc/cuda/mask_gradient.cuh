@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     commit_copies();
     wait_for_copies<0>();
     synchronize_block();
-    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                Any<Element>{});
+    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
+    repair_products<Element>(p.query, p.key, head, head.key_head, p.head_dim, place, query_length,
+                             key_length, s);
     if (to.dout) {
       synchronize_block();
       source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
@@ -84,8 +85,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       commit_copies();
       wait_for_copies<0>();
       synchronize_block();
-      multiply_rows<Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                  Any<Element>{});
+      multiply_rows<Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
+      repair_products<Element>(to.dout, p.value, head, head.key_head, p.value_dim, place,
+                               query_length, key_length, dp);
     }
     const View none{};
     const auto of_row = [&](int i) {

@@ -52,14 +52,6 @@ struct BFloat16 {
 struct TF32 {
   float value;
 };
-// How float32 is multiplied where inf must not become NaN.
-struct AnyFloat32 {
-  float value;
-};
-// What to multiply elements as, if so.
-template <typename Element>
-using Any = std::conditional_t<std::is_same_v<Element, float>, AnyFloat32, Element>;
-
 template <typename Element>
 constexpr bool kIsHalf = sizeof(Element) == 2;
 template <typename Element>
@@ -535,19 +527,17 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 }
 
 // Accurate to float32: each operand is the sum of two TF32, and the product of the two small parts
-// is left out ("3xTF32"; Ootomo and Yokota, 2022, arXiv:2203.03341). kAny: what is not finite has
-// no small part; else its product is NaN.
-template <bool kAny>
-__device__ __forceinline__ void multiply_add_in_parts(float (&c)[4], const uint32_t (&a)[4],
-                                                      uint32_t b0, uint32_t b1) {
+// is left out ("3xTF32"; Ootomo and Yokota, 2022, arXiv:2203.03341). Of what is not finite it may
+// make NaN where the exact sum is inf; what needs that computes it again.
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1, float) {
   struct Parts {
     uint32_t large, small;
   };
   const auto split = [](uint32_t bits) -> Parts {
     const float x = float_of(bits);
     const uint32_t large = to_tf32(x);
-    const float rest = x - float_of(large);
-    return {large, !kAny || rest == rest ? to_tf32(rest) : 0};
+    return {large, to_tf32(x - float_of(large))};
   };
   // No loop: arrays that one fills would be stored to memory as well.
   const Parts a0 = split(a[0]), a1 = split(a[1]), a2 = split(a[2]), a3 = split(a[3]);
@@ -557,16 +547,6 @@ __device__ __forceinline__ void multiply_add_in_parts(float (&c)[4], const uint3
   multiply_add_tf32(c, small, first.large, second.large);
   multiply_add_tf32(c, large, first.small, second.small);
   multiply_add_tf32(c, large, first.large, second.large);
-}
-
-// For kernels that compute rows again which are not finite.
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1, float) {
-  multiply_add_in_parts<false>(c, a, b0, b1);
-}
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1, AnyFloat32) {
-  multiply_add_in_parts<true>(c, a, b0, b1);
 }
 
 }  // namespace attn_ext::cuda

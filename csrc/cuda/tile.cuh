@@ -45,30 +45,29 @@ struct Tile {
   // Fragments of A or B that lie along the rows: the lane's part of the address, for rows
   // `row` + r0 and the two chunks of step `step`. The order of the four matrices differs.
   struct Lane {
-    uint32_t start, shift;
+    uint32_t start, shift;  // bytes between this tile and the one meant, where several take turns
 
-    // Of A, from `row` on: rows 0 to 7, 8 to 15, then the same of the next chunk. `shift`: bytes
-    // between this tile and the one meant, where several take turns.
-    __device__ __forceinline__ static Lane of_a(int row = 0, uint32_t shift = 0) {
+    // Of A, from `row` on: rows 0 to 7, 8 to 15, then the same of the next chunk.
+    __device__ __forceinline__ static Lane of_a(int row = 0) {
       const int lane = lane_index();
-      return make(row + lane % 16, lane / 16, shift);
+      return make(row + lane % 16, lane / 16);
     }
     // Of B, two column groups: rows 0 to 7, the same of the next chunk, then rows 8 to 15.
-    __device__ __forceinline__ static Lane of_b(uint32_t shift = 0) {
+    __device__ __forceinline__ static Lane of_b() {
       const int lane = lane_index();
-      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2, shift);
+      return make(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
     // Of B, whose rows are those of the tile: halves are transposed as they are loaded; of four
     // float32 the first, see at_value.
     __device__ __forceinline__ static Lane by_row() {
       if constexpr (sizeof(Element) == 2) return of_a();
       const int g = lane_index() / 4, t = lane_index() % 4;
-      Lane lane = make(2 * t, g / 4, 0);
+      Lane lane = make(2 * t, g / 4);
       lane.start += g % 4 * static_cast<uint32_t>(sizeof(Element));
       return lane;
     }
-    __device__ __forceinline__ static Lane make(int row, int chunk, uint32_t shift) {
-      return {row * kRowBytes + 16 * exchanged(row, chunk), shift};
+    __device__ __forceinline__ static Lane make(int row, int chunk) {
+      return {row * kRowBytes + 16 * exchanged(row, chunk), 0};
     }
     // The same, whose addresses are computed where they are used: a register instead of four.
     __device__ __forceinline__ Lane here() const { return {opaque(start), shift}; }
@@ -232,7 +231,8 @@ struct RowsInPlace {
              row + 8 < count ? start + (row + 8) * stride : nullptr},
             width};
   }
-  __device__ __forceinline__ void load_a(uint32_t (&a)[4], int, int step) const {
+  __device__ __forceinline__ void load_a(uint32_t (&a)[4], int first_row, int step) const {
+    (void)first_row;  // 0: of one tile of rows a warp
     constexpr int kSize = static_cast<int>(sizeof(Element)), kChunk = 16 / kSize;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -3,6 +3,7 @@
 
 #include "backward_queries.cuh"
 #include "launch.cuh"
+#include "mask_gradient.cuh"
 
 namespace attn_ext::cuda {
 
@@ -27,7 +28,8 @@ int shared_bytes(const Problem& p, const Settings& settings) {
       bytes = std::max({bytes, ForwardShape<Element, width, true>::kSharedBytes,
                         ForwardShape<Element, width, false>::kSharedBytes,
                         QueryGradientShape<Element, width>::kSharedBytes,
-                        WeightsShape<Element, width>::kSharedBytes});
+                        WeightsShape<Element, width>::kSharedBytes,
+                        MaskGradientShape<Element, width>::kSharedBytes});
     });
   });
   return bytes;

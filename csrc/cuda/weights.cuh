@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_copies<0>();
     synchronize_block();
     float s[1][kNTiles][4] = {};
-    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(),
-                                Any<Element>{});
+    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
+    repair_products<Element>(p.query, p.key, head, head.key_head, p.head_dim, place, query_length,
+                             key_length, s);
     float keep[4 * kNTiles];
     if (p.dropout_p > 0) keep_factors<false, 1, kNTiles>(p, head, place, keep);
     Unrolled<1, kNTiles> scores(s);

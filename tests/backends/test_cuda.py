@@ -262,9 +262,13 @@ def test_architectures_by_default() -> None:
 def test_architectures_of_the_gpus_present(
     present: tuple[int, ...], machine_code: tuple[int, ...]
 ) -> None:
-    chosen = setup_cuda.choose_architectures("", NVCC_13, present)
+    chosen = setup_cuda.choose_architectures("", NVCC_13, lambda: present)
     assert (chosen.machine_code, chosen.ptx) == (machine_code, True)
-    assert setup_cuda.choose_architectures("8.9", NVCC_13, present).machine_code == (89,)
+
+
+def test_a_list_needs_no_driver() -> None:
+    chosen = setup_cuda.choose_architectures("8.9", NVCC_13, lambda: pytest.fail("was asked"))
+    assert chosen.machine_code == (89,)
 
 
 def test_which_gpus_are_present(tmp_path: pathlib.Path) -> None:
@@ -279,6 +283,8 @@ def test_which_gpus_are_present(tmp_path: pathlib.Path) -> None:
         program.chmod(0o755)
         assert setup_cuda.present_architectures({"PATH": str(tmp_path)}) == found
     assert setup_cuda.present_architectures({"PATH": "/nowhere"}) == ()
+    program.write_text("no program")
+    assert setup_cuda.present_architectures({"PATH": str(tmp_path)}) == ()
 
 
 @pytest.mark.parametrize(

@@ -271,11 +271,12 @@ def test_gradients_and_weights_by_every_candidate(
         key, value = (torch.randn(1, 1, 37, 8, requires_grad=True) for _ in range(2))
         out = attn_ext.attention(query, key, value, attn_mask=mask, backend=backend)
         weights = attn_ext.attention_weights(query, key, attn_mask=mask, backend=backend)
-        gradients = torch.autograd.grad(out.square().sum(), (query, key, value, mask))
+        loss = out.square().sum() + weights.square().sum()
+        gradients = torch.autograd.grad(loss, (query, key, value, mask))
         return [out, weights, *gradients]
 
     times = [3.0 if i != fastest else 1.0 for i in range(3)]
-    monkeypatch.setattr(tuning, "do_bench", Timer(*times * 2 * len(KERNELS)))
+    monkeypatch.setattr(tuning, "do_bench", Timer(*times * 3 * len(KERNELS)))
     for ours, exact in zip(results("triton"), results("reference"), strict=True):
         torch.testing.assert_close(ours, exact)
     assert {key[0] for key in tuning._fastest} == set(KERNELS)
@@ -292,7 +293,7 @@ def test_what_was_timed_is_printed(
     query, key, value = tensors()
     attn_ext.attention(query, key, value, backend="triton")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("attn_ext ('forward', 'interpreter', torch.float32, 8, 8,")
+    assert lines[0].startswith("attn_ext ('forward', 'interpreter', None, torch.float32, 8, 8,")
     assert [float(line.split()[0]) for line in lines[1:]] == [3.0, 1.0, math.inf]
 
 
@@ -300,5 +301,6 @@ def test_without_the_option_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert not tuning.ENABLED
     monkeypatch.setattr(tuning, "do_bench", None)
     query = torch.empty(1, 1, 4, 64, dtype=torch.float16)
-    chosen = tuning.configuration("forward", "sm_80", Problem.build(query, query, query), Timer())
+    problem = Problem.build(query, query, query)
+    chosen = tuning.configuration("forward", "sm_80", problem, None, Timer())
     assert chosen == configurations.configuration_of("forward", "sm_80", 16, 64)

@@ -194,8 +194,11 @@ def test_products(programs: Programs, order: str) -> None:
         # The swizzle of tiles in shared memory: the results are right without it.
         ("tile.cuh", "chunk ^ (", "chunk + 0 * (", "right, bank conflicts"),
         # Which rows and chunks the four matrices of a fragment are.
-        ("tile.cuh", "row + lane % 16, lane / 16,", "row + lane / 16 * 8 + lane % 8, lane / 8 % 2,", "wrong"),
-        ("tile.cuh", "lane % 8 + lane / 16 * 8, lane / 8 % 2,", "lane % 16, lane / 16,", "wrong"),
+        ("tile.cuh", "row + lane % 16, lane / 16)", "row + lane / 16 * 8 + lane % 8, lane / 8 % 2)", "wrong"),
+        ("tile.cuh", "lane % 8 + lane / 16 * 8, lane / 8 % 2)", "lane % 16, lane / 16)", "wrong"),
+        # Where float32 is, whose rows the swizzle turns as it does halves'.
+        ("tile.cuh", "(chunk % 8 ^ i % 2) * 16", "(chunk % 8) * 16", "wrong"),
+        ("tile.cuh", "make(2 * t, g / 4)", "make(2 * t, 0)", "wrong"),
         # Which accumulators become which words of the next product's operand.
         ("tile.cuh", "c[2 * step + i / 2] + i % 2 * 2", "c[2 * step + i % 2] + i / 2 * 2", "wrong"),
         ("tile.cuh", "c[step][i % 2 * 2 + i / 2]", "c[step][i]", "wrong"),

@@ -75,7 +75,7 @@ def test_gradients_of_wide_heads(
         out = attn_ext.attention(*inputs, causal="lower_right", backend=backend, **more)
         return [out, *torch.autograd.grad(out, inputs, dout)]
 
-    for more in ({}, {"softcap": 20.0}):  # the plain kernels and the general ones
+    for more in ({}, {"softcap": 20.0}):  # of halves: the plain kernels and the general ones
         exact = results("reference", torch.float64, **more)
         ours = results("cuda_emulated", dtype, **more)
         theirs = results("reference", dtype, **more)
