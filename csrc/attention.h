@@ -45,7 +45,12 @@ struct Problem {
   double dropout_p;
   uint32_t dropout_threshold;  // a weight is kept where its random word is at least this
   uint32_t offset;
-  uint64_t seed;
+  uint32_t philox_keys[2 * 10];  // of the seed, see philox.h
+  // The same for GPUs, whose double is slow: of scale, softcap and what follows from them.
+  struct Single {
+    float scale, softcap, scale_over_softcap;
+    float dropout_factor;  // 1 / (1 - dropout_p), or 0 without dropout
+  } single;
 };
 
 struct ForwardArguments {
@@ -59,9 +64,10 @@ struct ForwardArguments {
 // Gradients of an output and of LSE (dout, dlse), or of the weights (dweights); never both.
 struct BackwardArguments {
   View out, lse, dout;
-  View dlse;                  // (B, Hq, Lq, -), compute type, or null
-  View dweights;              // (B, Hq, Lq, Lk), problem's dtype, or null; times dweights_scale
-  double dweights_scale;      // 1 / Hq where the weights were averaged over heads
+  View dlse;              // (B, Hq, Lq, -), compute type, or null
+  View dweights;          // (B, Hq, Lq, Lk), problem's dtype, or null; times dweights_scale
+  double dweights_scale;  // 1 / Hq where the weights were averaged over heads
+  float dweights_scale_single;
   View dquery, dkey, dvalue;  // written
   View dmask;                 // float or double, zeroed by the caller, or null; broadcasts as mask
   View row_term;              // (B, Hq, Lq, -), compute type: sum(dout * out) - dlse, or null;

@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cfloat>
 #include <utility>
 
 #include "attention.h"
+#include "philox.h"
 
 namespace attn_ext::bindings {
 
@@ -190,11 +192,19 @@ inline Problem as_problem(py::handle problem, py::handle dropout) {
   const auto reach = [](int64_t side) { return side < 0 ? 2 * kFar : std::min(side, 2 * kFar); };
   p.left = reach(window.items[0]), p.right = causal ? 0 : reach(window.items[1]);
 
-  p.dropout_p = 0, p.dropout_threshold = 0, p.seed = 0, p.offset = 0;
+  p.single.scale = static_cast<float>(p.scale);
+  p.single.softcap = p.single.scale_over_softcap = 0;
+  if (p.softcap != 0) {
+    p.single.softcap = std::max(static_cast<float>(p.softcap), FLT_MIN);
+    p.single.scale_over_softcap = static_cast<float>(p.scale / p.softcap);
+  }
+  p.dropout_p = 0, p.dropout_threshold = 0, p.offset = 0, p.single.dropout_factor = 0;
   if (!dropout.is_none()) {
     const auto [threshold, seed] = dropout.cast<std::pair<uint32_t, uint64_t>>();
     p.dropout_p = get_double(problem, kDropout), p.dropout_threshold = threshold;
-    p.seed = seed, p.offset = static_cast<uint32_t>(get_int(problem, kOffset));
+    p.single.dropout_factor = static_cast<float>(1 / (1 - p.dropout_p));
+    make_philox_keys(seed, p.philox_keys),
+        p.offset = static_cast<uint32_t>(get_int(problem, kOffset));
   }
   return result;
 }
@@ -214,6 +224,7 @@ inline Backward as_backward(const Problem& p, py::object out, py::handle lse, py
   attn_ext::BackwardArguments& to = result.native;
   to.out = result.out.view, to.lse = as_view(lse), to.dout = result.dout.view;
   to.dlse = as_view(dlse), to.dweights = as_view(dweights), to.dweights_scale = dweights_scale;
+  to.dweights_scale_single = static_cast<float>(dweights_scale);
   to.dquery = as_view(dquery), to.dkey = as_view(dkey), to.dvalue = as_view(dvalue);
   to.dmask = as_mask(dmask), to.row_term = as_view(row_term);
   return result;

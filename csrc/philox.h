@@ -19,21 +19,29 @@ struct PhiloxConstants {
   static constexpr int kRounds = 10;
 };
 
+// The two words that each round takes of the key.
+using PhiloxKeys = uint32_t[2 * PhiloxConstants::kRounds];
+inline void make_philox_keys(uint64_t seed, PhiloxKeys& keys) {
+  for (uint32_t round = 0; round < PhiloxConstants::kRounds; ++round) {
+    keys[2 * round] = static_cast<uint32_t>(seed) + round * PhiloxConstants::kKeyStep0;
+    keys[2 * round + 1] = static_cast<uint32_t>(seed >> 32) + round * PhiloxConstants::kKeyStep1;
+  }
+}
+
 // counter[4] becomes the four random words. Word needs ^ with itself and with uint32_t;
 // multiply(word, constant, &high, &low) gives the 64-bit product's halves.
 template <typename Word, typename Multiply>
-ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], uint64_t seed, Multiply multiply) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], const PhiloxKeys& keys,
+                                        Multiply multiply) {
+#pragma GCC unroll 10
   for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
     Word high0, low0, high1, low1;
     multiply(counter[0], PhiloxConstants::kMultiplier0, &high0, &low0);
     multiply(counter[2], PhiloxConstants::kMultiplier1, &high1, &low1);
-    counter[0] = high1 ^ counter[1] ^ key0;
+    counter[0] = high1 ^ counter[1] ^ keys[2 * round];
     counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
+    counter[2] = high0 ^ counter[3] ^ keys[2 * round + 1];
     counter[3] = low0;
-    key0 += PhiloxConstants::kKeyStep0;
-    key1 += PhiloxConstants::kKeyStep1;
   }
 }
 

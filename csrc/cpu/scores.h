@@ -236,7 +236,7 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
       Words counter[4] = {Words{} + (column >> 2),
                           lane + (first_row + static_cast<uint32_t>(v * kWordLanes)),
                           Words{} + head, Words{} + p.offset};
-      philox(counter, p.seed, multiply_words);
+      philox(counter, p.philox_keys, multiply_words);
       for (int w = 0; w < 4; ++w) std::memcpy(words[w] + v * kWordLanes, &counter[w], kVectorBytes);
     }
     for (uint32_t w = column & 3; w < 4 && j < keys; ++w, ++j) {

@@ -248,7 +248,7 @@ __device__ __attribute__((noinline)) void careful_row(const Problem& p, const Fo
     const float scale = exp2(max - shift);
     float weight = exp2(score - shift);
     max = after, sum = sum * scale + weight;
-    if (p.dropout_p > 0) weight *= keep_factor(p, head, row, key);
+    if (drops_weights(p)) weight *= keep_factor(p, head, row, key);
     const Element* value = at<const Element>(p.value, head.batch, head.key_head, key);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
       hide_by_position(p, place, s);
     }
     update_softmax(factor, s, softmax, out);
-    if (kGeneral && p.dropout_p > 0) drop(p, head, place, s);
+    if (kGeneral && drops_weights(p)) drop(p, head, place, s);
     multiply_accumulators<Values>(out, s, lane_v.here(), Element{});
   };
   order.for_each<kKeys, kGeneral>(visit);

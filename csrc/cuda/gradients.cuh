@@ -49,8 +49,8 @@ __device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
   if (score == -kInfinity) return result;
   const float weight = exp2(score - values.lse - values.rest);
   if (to.dweights) {
-    dweight = static_cast<float>(to.dweights_scale) *
-              entry_of(to.dweights, p.dtype, head.batch, head.head, row, key);
+    dweight =
+        to.dweights_scale_single * entry_of(to.dweights, p.dtype, head.batch, head.head, row, key);
   }
   result.weight = weight * keep;
   result.of_score = weight * (dweight * keep - values.term);
@@ -129,7 +129,7 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
                                                   float (&dp)[kMTiles][kNTiles][4], Rows rows,
                                                   float (*row_sums)[2] = nullptr) {
   float keep[4 * kMTiles * kNTiles];
-  const bool drops = p.dropout_p > 0;
+  const bool drops = drops_weights(p);
   if (drops) keep_factors<kTransposed, kMTiles, kNTiles>(p, head, place, keep);
   if (kWanted == Wanted::kProduct && is_simple(p) && !to.dweights) {
     return simple_gradients(p, head, place, s, dp, rows, drops ? keep : nullptr);
@@ -215,7 +215,7 @@ __device__ inline PairGradient careful_pair(const Problem& p, const BackwardArgu
     dweight = dot_by_warp(at<const Element>(p.value, head.batch, head.key_head, key),
                           at<const Element>(to.dout, head.batch, head.head, row), p.value_dim);
   }
-  const float keep = p.dropout_p > 0 ? keep_factor(p, head, row, key) : 1.0f;
+  const float keep = drops_weights(p) ? keep_factor(p, head, row, key) : 1.0f;
   return gradient_of_pair(p, to, head, row, key, product, dweight, keep, values);
 }
 

@@ -62,7 +62,7 @@ struct Head {
 
   __device__ __forceinline__ static Head make(const Problem& p, int batch, int head) {
     return {batch, head, static_cast<int>(head / (p.query_heads / p.key_heads)),
-            static_cast<float>(p.scale) * kLog2E};
+            p.single.scale * kLog2E};
   }
 };
 
@@ -77,9 +77,9 @@ __device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t
 
 // softcap * tanh(x / softcap); `slope` becomes its derivative.
 __device__ __forceinline__ float capped(const Problem& p, float product, float* slope) {
-  const float t = tanhf(product * static_cast<float>(p.scale / p.softcap));
+  const float t = tanhf(product * p.single.scale_over_softcap);
   *slope = 1 - t * t;
-  return t * static_cast<float>(p.softcap) * kLog2E;
+  return t * p.single.softcap * kLog2E;
 }
 
 // A score from its product, -inf where the pair is hidden; `slope`: the softcap's derivative. The
@@ -89,7 +89,7 @@ __device__ inline float score_of(const Problem& p, const Head& head, Visible vis
   if (key < visible.begin || key >= visible.end) return -kInfinity;
   float score = product * head.scale;
   *slope = 1;
-  if (p.softcap != 0) score = capped(p, product, slope);
+  if (p.single.softcap != 0) score = capped(p, product, slope);
   if (p.alibi_slopes) {
     const float alibi = *at<const float>(p.alibi_slopes, head.batch, head.head, 0);
     score -= alibi * kLog2E * fabsf(static_cast<float>(row + p.diagonal - key));
@@ -103,9 +103,13 @@ __device__ inline float score_of(const Problem& p, const Head& head, Visible vis
   return score;
 }
 
+__device__ __forceinline__ bool drops_weights(const Problem& p) {
+  return p.single.dropout_factor != 0;
+}
+
 // 1 / (1 - dropout_p) where the weight is kept, else 0.
 __device__ __forceinline__ float factor_of(const Problem& p, uint32_t word) {
-  return word >= p.dropout_threshold ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+  return word >= p.dropout_threshold ? p.single.dropout_factor : 0.0f;
 }
 
 // The random words of four neighbouring columns, from the one that four divides.
@@ -115,8 +119,8 @@ __device__ __forceinline__ void random_words(const Problem& p, const Head& head,
   words[1] = static_cast<uint32_t>(p.query_start + row);
   words[2] = static_cast<uint32_t>(head.batch * p.query_heads + head.head);
   words[3] = p.offset;
-  philox(words, p.seed, [](uint32_t a, uint32_t constant, uint32_t* high, uint32_t* low) {
-    const uint64_t product = static_cast<uint64_t>(a) * constant;
+  philox(words, p.philox_keys, [](uint32_t a, uint32_t constant, uint32_t* high, uint32_t* low) {
+    const uint64_t product = multiply_wide(a, constant);
     *high = static_cast<uint32_t>(product >> 32), *low = static_cast<uint32_t>(product);
   });
 }
@@ -234,7 +238,7 @@ __device__ __forceinline__ void key_entries(const Problem& p, const Head& head,
 
 // Whether scores are products times a factor, and whatever hides pairs goes by position or key.
 __device__ __forceinline__ bool is_simple(const Problem& p) {
-  return p.softcap == 0 && !p.alibi_slopes && !p.mask && p.key_mask.stride[2] == 0;
+  return p.single.softcap == 0 && !p.alibi_slopes && !p.mask && p.key_mask.stride[2] == 0;
 }
 
 // Accumulators in memory of the lane's own, where a loop can count through them.

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     repair_products<Element>(p.query, p.key, head, head.key_head, p.head_dim, place, query_length,
                              key_length, s);
     float keep[4 * kNTiles];
-    if (p.dropout_p > 0) keep_factors<false, 1, kNTiles>(p, head, place, keep);
+    if (drops_weights(p)) keep_factors<false, 1, kNTiles>(p, head, place, keep);
     Unrolled<1, kNTiles> scores(s);
     for_each_place<false, 1, kNTiles>(place, [&](int row, int column, int number) {
       float slope, weight = 0;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float score =
             score_of(p, head, Visible::of_row(p, row), row, column, scores.items[number], &slope);
         if (score != -kInfinity) weight = exp2(score - values.lse - values.rest);
-        if (p.dropout_p > 0) weight *= keep[number];
+        if (drops_weights(p)) weight *= keep[number];
       }
       scores.items[number] = weight;
     });

@@ -55,6 +55,9 @@ extern "C" __global__ void load_transposed(uint4* d, uint32_t row) {
 extern "C" __global__ void address(const char** d, const char* start, int index, int step) {
   *d = address_of(start, index, step);
 }
+extern "C" __global__ void product_wide(uint64_t* d, uint32_t a, uint32_t b) {
+  *d = multiply_wide(a, b);
+}
 extern "C" __global__ void power(float* d, float x) { *d = attn_ext::cuda::exp2(x); }
 extern "C" __global__ void shuffle_by_xor(uint32_t* d, uint32_t x, int mask) {
   *d = shuffle_xor(x, mask);
