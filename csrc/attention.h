@@ -46,9 +46,9 @@ struct Problem {
   uint32_t dropout_threshold;  // a weight is kept where its random word is at least this
   uint32_t offset;
   uint32_t philox_keys[2 * 10];  // of the seed, see philox.h
-  // The same for GPUs, whose double is slow: of scale, softcap and what follows from them.
+  // What GPUs, whose double is slow, need in their loops.
   struct Single {
-    float scale, softcap, scale_over_softcap;
+    float softcap, scale_over_softcap;
     float dropout_factor;  // 1 / (1 - dropout_p), or 0 without dropout
   } single;
 };

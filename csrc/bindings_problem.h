@@ -192,7 +192,6 @@ inline Problem as_problem(py::handle problem, py::handle dropout) {
   const auto reach = [](int64_t side) { return side < 0 ? 2 * kFar : std::min(side, 2 * kFar); };
   p.left = reach(window.items[0]), p.right = causal ? 0 : reach(window.items[1]);
 
-  p.single.scale = static_cast<float>(p.scale);
   p.single.softcap = p.single.scale_over_softcap = 0;
   if (p.softcap != 0) {
     p.single.softcap = std::max(static_cast<float>(p.softcap), FLT_MIN);

@@ -97,7 +97,8 @@ __device__ __attribute__((noinline)) void careful_key(const Problem& p, const Ba
   for (int column = 0; column < kColumns; ++column) {
     const int d = lane_index() + 32 * column;
     if (d < p.head_dim) {
-      from_float(dk[column] * p.single.scale, at<Element>(to.dkey, batch, key_head, key, d));
+      from_float(dk[column] * static_cast<float>(p.scale),
+                 at<Element>(to.dkey, batch, key_head, key, d));
     }
     if (to.dvalue && d < p.value_dim) {
       from_float(dv[column], at<Element>(to.dvalue, batch, key_head, key, d));
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
   auto& tile_rows = *reinterpret_cast<typename Shape::TileRows*>(shared_pointer(Shape::kTileRows));
   // Registers are short. What is in shared memory, is computed where it is used (`here`), or is
   // `kept`, was found by trying: nothing spills so up to 128 wide at 7.5 to 9.0.
-  constexpr bool kNarrow = !kGeneral && Shape::kRowBytes <= 128;
+  constexpr bool kNarrow = Shape::kRowBytes <= 128;
   const auto placed = [](auto lane) {
     if constexpr (kNarrow) return lane.here();
     return lane;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
     }
   };
   const auto redo = [&](int key) { careful_key<Element, kWidth>(p, to, batch, key_head, key); };
-  if constexpr (kWantsKeys) write(to.dkey, head_dim, p.single.scale, dk);
+  if constexpr (kWantsKeys) write(to.dkey, head_dim, static_cast<float>(p.scale), dk);
   if constexpr (kWantsValues) {
     if (!weights_only) write(to.dvalue, value_dim, 1.0f, dv);
   }

@@ -86,7 +86,8 @@ __device__ __attribute__((noinline)) void careful_query(const Problem& p,
   for (int i = 0; i < kColumns; ++i) {
     const int d = lane_index() + 32 * i;
     if (d < p.head_dim) {
-      from_float(sum[i] * p.single.scale, at<Element>(to.dquery, head.batch, head.head, row, d));
+      from_float(sum[i] * static_cast<float>(p.scale),
+                 at<Element>(to.dquery, head.batch, head.head, row, d));
     }
   }
   if (to.dweights && lane_index() == 0) {
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> || !kIsHalf<Eleme
       const int row = first_row + warp_row + 16 * m + 8 * half + g;
       const float sum = sum_over_row(sums[m][half]);
       if (row >= query_length) continue;
-      write_row(at<Element>(to.dquery, head.batch, head.head, row), head_dim, half, p.single.scale,
-                dq[m], !kGeneral);
+      write_row(at<Element>(to.dquery, head.batch, head.head, row), head_dim, half,
+                static_cast<float>(p.scale), dq[m], !kGeneral);
       if (weights_only && lane_index() % 4 == 0) {
         *at<float>(to.row_term, head.batch, head.head, row) = -sum;
       }

@@ -62,7 +62,7 @@ struct Head {
 
   __device__ __forceinline__ static Head make(const Problem& p, int batch, int head) {
     return {batch, head, static_cast<int>(head / (p.query_heads / p.key_heads)),
-            p.single.scale * kLog2E};
+            static_cast<float>(p.scale) * kLog2E};
   }
 };
 
