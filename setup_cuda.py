@@ -130,7 +130,6 @@ class Toolkit:
         # nvcc may be a wrapper elsewhere; what it would run says where the toolkit is.
         plan = _output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
         top = pathlib.Path(re.search(r"\bTOP=(.*)", plan)[1].strip())  # type: ignore[index]
-        self.major = int(re.search(r"release (\d+)\.", _output(nvcc, "--version"))[1])  # type: ignore[index]
         supported = re.findall(r"compute_(\d+)\b", _output(nvcc, "--list-gpu-arch"))
         self.architectures = choose_architectures(
             environment.get("TORCH_CUDA_ARCH_LIST", ""),
@@ -143,8 +142,6 @@ class Toolkit:
         if self.runtime is None:
             raise RuntimeError(f"the CUDA toolkit in {top} has no libcudart_static.a")
         jobs = int(environment.get("ATTN_EXT_BUILD_JOBS", "0")) or os.cpu_count() or 1
-        # From 13 on the mode exists; its drivers can unpack it.
-        compress = "-compress-mode=size" if self.major >= 13 else "-Xfatbin=-compress-all"
         self.flags = [
             "-O3",
             "-std=c++17",
@@ -152,7 +149,7 @@ class Toolkit:
             # Four files take long, side by side; where that leaves cores idle, at the end of
             # them at least, architectures of a file too. A ptxas takes a GiB.
             f"--threads={max(2, jobs // 4)}",
-            compress,
+            "-Xfatbin=-compress-all",
             *self.architectures.flags(),
         ]
 

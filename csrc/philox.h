@@ -33,7 +33,11 @@ inline void make_philox_keys(uint64_t seed, PhiloxKeys& keys) {
 template <typename Word, typename Multiply>
 ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], const PhiloxKeys& keys,
                                         Multiply multiply) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
     Word high0, low0, high1, low1;
     multiply(counter[0], PhiloxConstants::kMultiplier0, &high0, &low0);

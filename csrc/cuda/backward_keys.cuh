@@ -67,10 +67,10 @@ struct KeyGradientShape {
 };
 
 // One key's dK and dV by a whole warp, pair by pair.
-template <typename Element, int kWidth>
+template <typename Element>
 __device__ __attribute__((noinline)) void careful_key(const Problem& p, const BackwardArguments& to,
                                                       int batch, int key_head, int key) {
-  constexpr int kColumns = (kWidth + 31) / 32;
+  constexpr int kColumns = kWidestTile / 32;
   const int group = static_cast<int>(p.query_heads / p.key_heads);
   const View none{};
   float dk[kColumns] = {}, dv[kColumns] = {};
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
       }
     }
   };
-  const auto redo = [&](int key) { careful_key<Element, kWidth>(p, to, batch, key_head, key); };
+  const auto redo = [&](int key) { careful_key<Element>(p, to, batch, key_head, key); };
   if constexpr (kWantsKeys) write(to.dkey, head_dim, static_cast<float>(p.scale), dk);
   if constexpr (kWantsValues) {
     if (!weights_only) write(to.dvalue, value_dim, 1.0f, dv);

@@ -13,16 +13,16 @@ void run_query_gradients(const Problem& p, const BackwardArguments& to, const Se
          Shape::kSharedBytes, query_gradients<Element, kWidth, kGeneral>, p, to);
 }
 
-template <typename Element, int kWidth>
+template <typename Element>
 void run_mask_gradient(const Problem& p, const BackwardArguments& to, const Settings& settings) {
-  using Shape = MaskGradientShape<Element, kWidth>;
+  using Shape = MaskGradientShape<Element>;
   const auto blocks = [&](int dimension, int64_t size, int step) {
     return to.dmask.stride[dimension] == 0 ? 1 : blocks_of(size, step);
   };
   launch(settings,
          blocks(0, p.batch, 1) * blocks(1, p.query_heads, 1) *
              blocks(2, p.query_length, Shape::kRows) * blocks(3, p.key_length, Shape::kKeys),
-         Shape::kSharedBytes, mask_gradient<Element, kWidth>, p, to);
+         Shape::kSharedBytes, mask_gradient<Element>, p, to);
 }
 
 }  // namespace
@@ -44,10 +44,8 @@ void backward(const Problem& p, const BackwardArguments& to, const Settings& set
   });
   backward_keys(p, to, settings);
   if (!to.dmask) return;
-  with_exact_element(p, settings, [&](auto element) {
-    with_width(p,
-               [&](auto width) { run_mask_gradient<decltype(element), width>(p, to, settings); });
-  });
+  with_exact_element(p, settings,
+                     [&](auto element) { run_mask_gradient<decltype(element)>(p, to, settings); });
 }
 
 }  // namespace attn_ext::cuda

@@ -61,11 +61,11 @@ struct QueryGradientShape {
 
 // One row of dQ by a whole warp, pair by pair: a hidden key that is not finite is never touched. Of
 // weights, its dLSE as well.
-template <typename Element, int kWidth>
+template <typename Element>
 __device__ __attribute__((noinline)) void careful_query(const Problem& p,
                                                         const BackwardArguments& to,
                                                         const Head& head, int row) {
-  constexpr int kColumns = (kWidth + 31) / 32;
+  constexpr int kColumns = kWidestTile / 32;
   const Visible visible = Visible::of_row(p, row);
   const View none{};
   const RowValues values =
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kIsTuring<Element> || !kIsHalf<Eleme
     }
   }
   redo_rows(not_finite(dq), first_row + warp_row, query_length,
-            [&](int row) { careful_query<Element, kWidth>(p, to, head, row); });
+            [&](int row) { careful_query<Element>(p, to, head, row); });
 }
 
 }  // namespace attn_ext::cuda

@@ -226,10 +226,10 @@ __device__ __forceinline__ float lse_of(float max, float sum) {
 }
 
 // One row by a whole warp, key by key, so that hidden values are never touched.
-template <typename Element, int kWidth>
+template <typename Element>
 __device__ __attribute__((noinline)) void careful_row(const Problem& p, const ForwardArguments& to,
                                                       const Head& head, int row) {
-  constexpr int kColumns = (kWidth + 31) / 32;
+  constexpr int kColumns = kWidestTile / 32;
   const int lane = lane_index();
   const Element* query = at<const Element>(p.query, head.batch, head.head, row);
   const Visible visible = Visible::of_row(p, row);
@@ -353,7 +353,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
     }
   }
   redo_rows(not_finite(out), first_row, length,
-            [&](int row) { careful_row<Element, kWidth>(p, to, head, row); });
+            [&](int row) { careful_row<Element>(p, to, head, row); });
 }
 
 // How many blocks ptxas is to leave registers for, found by trying: 0 leaves it to itself, and is

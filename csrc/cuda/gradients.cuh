@@ -92,29 +92,6 @@ __device__ __forceinline__ void simple_gradients(const Problem& p, const Head& h
   }
 }
 
-// Products of rows of two tensors, of one head each, where the tile's are not finite: those of
-// accurate float32 may be NaN where exact ones are not.
-template <typename Element, int kNTiles>
-__device__ __forceinline__ void repair_products(const View& left, const View& right,
-                                                const Head& head, int right_head, int64_t width,
-                                                Place<false> place, int rows, int keys,
-                                                float (&products)[1][kNTiles][4]) {
-  if constexpr (std::is_same_v<Element, float>) {
-    const bool first = row_is_finite(products[0], 0), second = row_is_finite(products[0], 1);
-    if (first && second) return;
-    Unrolled<1, kNTiles> repaired(products);
-    for_each_place<false, 1, kNTiles>(place, [&](int row, int key, int index) {
-      float& product = repaired.items[index];
-      if (product - product == 0 || row >= rows || key >= keys) return;
-      const float* a = at<const float>(left, head.batch, head.head, row);
-      const float* b = at<const float>(right, head.batch, right_head, key);
-      product = 0;
-      for (int d = 0; d < width; ++d) product += a[d] * b[d];
-    });
-    repaired.copy_to(products);
-  }
-}
-
 // Which gradient of a score becomes of dP: that of the product, or that of the score itself, which
 // a mask gets.
 enum class Wanted { kProduct, kScore };

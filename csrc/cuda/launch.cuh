@@ -81,8 +81,9 @@ void with_width(const Problem& p, Call call) {
   if (width <= 96) return call(std::integral_constant<int, 96>{});
   if (width <= 128) return call(std::integral_constant<int, 128>{});
   if (width <= 192) return call(std::integral_constant<int, 192>{});
-  if (width <= 256) return call(std::integral_constant<int, 256>{});
-  throw std::runtime_error("the CUDA kernels take head dimensions up to 256");
+  if (width <= kWidestTile) return call(std::integral_constant<int, kWidestTile>{});
+  throw std::runtime_error("the CUDA kernels take head dimensions up to " +
+                           std::to_string(kWidestTile));
 }
 
 // Whether a score is its product times a positive factor, or hidden by position; and whether all

@@ -2,23 +2,22 @@
 //
 // Grid: a block for kRows by kKeys entries of the mask, as it is in memory; where a dimension
 // broadcasts, the block goes through all of it, adding in registers, so that nothing is atomic and
-// no (Lq, Lk) tensor is needed beyond the mask's own. Block and shared memory as in
-// backward_queries.cuh. Tested against backends/reference.py in tests/test_contract.py.
+// no (Lq, Lk) tensor is needed beyond the mask's own. Block: four warps of 16 rows. Shared memory:
+// a tile of queries or output gradients and one of keys or values, 64 columns of them at a time.
+// Tested against backends/reference.py in tests/test_contract.py.
 #pragma once
 
-#include "gradients.cuh"
+#include "row_products.cuh"
 
 namespace attn_ext::cuda {
 
-template <typename Element, int kWidth>
+template <typename Element>
 struct MaskGradientShape {
   static constexpr int kRows = 16 * kWarps;
-  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
-  static constexpr int kKeys = kRowBytes <= 128 ? 64 : 32;
-  using Queries = Tile<Element, kRows, kWidth, 0>;
-  using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
-  // Once the scores are computed, output gradients and values take the place of queries and keys;
-  // in the end, the block's sums.
+  static constexpr int kKeys = kIsHalf<Element> ? 64 : 32;
+  using Rows = Tile<Element, kRows, kPartWidth, 0>;
+  using Keys = Tile<Element, kKeys, kPartWidth, Rows::kEnd>;
+  // In the end, the block's sums take the place of the tiles.
   static constexpr int kSumBytes = kRows * kKeys * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes =
       static_cast<int>(Keys::kEnd) > kSumBytes ? static_cast<int>(Keys::kEnd) : kSumBytes;
@@ -34,14 +33,14 @@ struct Span {
   }
 };
 
-template <typename Element, int kWidth>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads, 2)
     mask_gradient(const __grid_constant__ Problem p, const __grid_constant__ BackwardArguments to) {
   if (!kAvailable<Element>) return;
-  using Shape = MaskGradientShape<Element, kWidth>;
-  using Queries = typename Shape::Queries;
+  using Shape = MaskGradientShape<Element>;
+  using Rows = typename Shape::Rows;
   using Keys = typename Shape::Keys;
-  constexpr int kNTiles = Shape::kKeys / 8, kSteps = kWidth / kDepth<Element>;
+  constexpr int kNTiles = Shape::kKeys / 8;
 
   const int query_length = static_cast<int>(p.query_length);
   const int key_length = static_cast<int>(p.key_length);
@@ -66,28 +65,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   float total[4 * kNTiles] = {};
   const auto visit = [&](const Head& head, int row, int key) {
     const auto place = Place<false>::of_lane(row + warp_row, key);
-    float s[1][kNTiles][4] = {}, dp[1][kNTiles][4] = {};
-    synchronize_block();  // nobody reads the tiles before any more
-    source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim).copy(row);
-    source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim).copy(key);
-    commit_copies();
-    wait_for_copies<0>();
-    synchronize_block();
-    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
-    repair_products<Element>(p.query, p.key, head, head.key_head, p.head_dim, place, query_length,
-                             key_length, s);
+    float s[1][kNTiles][4], dp[1][kNTiles][4] = {};
+    multiply_by_parts<Rows, Keys>(p, p.query, p.key, head, p.head_dim, row, key, s);
     if (to.dout) {
-      synchronize_block();
-      source_of<Queries, false>(to.dout, head.batch, head.head, p.query_length, p.value_dim)
-          .copy(row);
-      source_of<Keys, false>(p.value, head.batch, head.key_head, p.key_length, p.value_dim)
-          .copy(key);
-      commit_copies();
-      wait_for_copies<0>();
-      synchronize_block();
-      multiply_rows<Keys, kSteps>(dp, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
-      repair_products<Element>(to.dout, p.value, head, head.key_head, p.value_dim, place,
-                               query_length, key_length, dp);
+      multiply_by_parts<Rows, Keys>(p, to.dout, p.value, head, p.value_dim, row, key, dp);
     }
     const View none{};
     const auto of_row = [&](int i) {

@@ -13,6 +13,7 @@ namespace attn_ext::cuda {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
+constexpr int kWidestTile = 256;
 
 // kRows rows of kWidth elements at byte `kStart` of shared memory.
 template <typename Element, int kRows, int kWidth, uint32_t kStart>
@@ -122,6 +123,10 @@ struct Source {
     Source source = *this;
     source.become_of(thread_here());
     return source;
+  }
+  // Its columns from there on; a whole number of chunks lies before them.
+  __device__ __forceinline__ Source from_column(int column) const {
+    return make(start + column, stride, rows, width - column, aligned);
   }
   __device__ __forceinline__ void become_of(uint32_t thread) {
     own_row = static_cast<int>(thread / Tile::kPanelChunks);

@@ -9,14 +9,12 @@ namespace attn_ext::cuda {
 
 void weights(const Problem& p, const WeightsArguments& to, const Settings& settings) {
   with_exact_element(p, settings, [&](auto element) {
-    with_width(p, [&](auto width) {
-      using Shape = WeightsShape<decltype(element), width>;
-      const int64_t heads = to.average ? 1 : p.query_heads;
-      launch(settings,
-             p.batch * heads * blocks_of(p.query_length, Shape::kRows) *
-                 blocks_of(p.key_length, Shape::kKeys),
-             Shape::kSharedBytes, run_weights<decltype(element), width>, p, to);
-    });
+    using Shape = WeightsShape<decltype(element)>;
+    const int64_t heads = to.average ? 1 : p.query_heads;
+    launch(settings,
+           p.batch * heads * blocks_of(p.query_length, Shape::kRows) *
+               blocks_of(p.key_length, Shape::kKeys),
+           Shape::kSharedBytes, run_weights<decltype(element)>, p, to);
   });
 }
 
@@ -25,11 +23,11 @@ int shared_bytes(const Problem& p, const Settings& settings) {
   with_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Element = decltype(element);
-      bytes = std::max({bytes, ForwardShape<Element, width, true>::kSharedBytes,
-                        ForwardShape<Element, width, false>::kSharedBytes,
-                        QueryGradientShape<Element, width>::kSharedBytes,
-                        WeightsShape<Element, width>::kSharedBytes,
-                        MaskGradientShape<Element, width>::kSharedBytes});
+      bytes =
+          std::max({bytes, ForwardShape<Element, width, true>::kSharedBytes,
+                    ForwardShape<Element, width, false>::kSharedBytes,
+                    QueryGradientShape<Element, width>::kSharedBytes,
+                    WeightsShape<Element>::kSharedBytes, MaskGradientShape<Element>::kSharedBytes});
     });
   });
   return bytes;

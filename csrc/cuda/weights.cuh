@@ -3,31 +3,28 @@
 //
 // Grid: a block for kRows queries by kKeys keys of one head, or of all heads of a batch, whose
 // tiles it sums before it writes them. Block: four warps of 16 rows. Shared memory: a tile of
-// queries and one of keys. Tested against backends/reference.py in tests/test_contract.py.
+// queries and one of keys, 64 columns of them at a time. Tested against backends/reference.py in
+// tests/test_contract.py.
 #pragma once
 
-#include "gradients.cuh"
+#include "row_products.cuh"
 
 namespace attn_ext::cuda {
 
-template <typename Element, int kWidth>
+template <typename Element>
 struct WeightsShape {
-  static constexpr int kRows = 16 * kWarps;
-  static constexpr int kRowBytes = kWidth * static_cast<int>(sizeof(Element));
-  static constexpr int kKeys = kRowBytes <= 512 ? 64 : 32;
-  using Queries = Tile<Element, kRows, kWidth, 0>;
-  using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
+  static constexpr int kRows = 16 * kWarps, kKeys = 64;
+  using Rows = Tile<Element, kRows, kPartWidth, 0>;
+  using Keys = Tile<Element, kKeys, kPartWidth, Rows::kEnd>;
   static constexpr int kSharedBytes = Keys::kEnd;
 };
 
-template <typename Element, int kWidth>
+template <typename Element>
 __global__ void __launch_bounds__(kThreads, 2)
     run_weights(const __grid_constant__ Problem p, const __grid_constant__ WeightsArguments to) {
   if (!kAvailable<Element>) return;
-  using Shape = WeightsShape<Element, kWidth>;
-  using Queries = typename Shape::Queries;
-  using Keys = typename Shape::Keys;
-  constexpr int kNTiles = Shape::kKeys / 8, kSteps = kWidth / kDepth<Element>;
+  using Shape = WeightsShape<Element>;
+  constexpr int kNTiles = Shape::kKeys / 8;
 
   const int query_length = static_cast<int>(p.query_length);
   const int key_length = static_cast<int>(p.key_length);
@@ -45,17 +42,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   float total[1][kNTiles][4] = {};
   for (int i = 0; i < count; ++i) {
     const Head head = Head::make(p, batch, first_head + i);
-    synchronize_block();  // nobody reads the tiles before any more
-    source_of<Queries, false>(p.query, head.batch, head.head, p.query_length, p.head_dim)
-        .copy(first_row);
-    source_of<Keys, false>(p.key, head.batch, head.key_head, p.key_length, p.head_dim).copy(key);
-    commit_copies();
-    wait_for_copies<0>();
-    synchronize_block();
-    float s[1][kNTiles][4] = {};
-    multiply_rows<Keys, kSteps>(s, Queries::Lane::of_a(warp_row), Keys::Lane::of_b(), Element{});
-    repair_products<Element>(p.query, p.key, head, head.key_head, p.head_dim, place, query_length,
-                             key_length, s);
+    float s[1][kNTiles][4];
+    multiply_by_parts<typename Shape::Rows, typename Shape::Keys>(p, p.query, p.key, head,
+                                                                  p.head_dim, first_row, key, s);
     float keep[4 * kNTiles];
     if (drops_weights(p)) keep_factors<false, 1, kNTiles>(p, head, place, keep);
     Unrolled<1, kNTiles> scores(s);
