@@ -20,7 +20,7 @@ int threads_for(int available, const attn_ext::Problem& p) {
   return threads_for(available, 2 * pairs * static_cast<double>(p.head_dim + p.value_dim));
 }
 
-const attn_ext::Kernels& kernels(int index) { return *attn_ext::kAllKernels[index]; }
+const attn_ext::Kernels& kernels(int index) { return *attn_ext::all_kernels()[index]; }
 
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
              py::handle lse, bool for_weights) {
@@ -68,7 +68,7 @@ void linear(int index, int threads, int64_t rows, py::handle input, py::handle w
 
 py::dict capabilities() {
   py::dict found;
-  for (const attn_ext::Kernels* entry : attn_ext::kAllKernels)
+  for (const attn_ext::Kernels* entry : attn_ext::all_kernels())
     found[entry->name] = entry->available();
   return found;
 }

@@ -42,7 +42,7 @@ memory slow it by the moment."""
 FUNCTIONS = {
     "float32": ("float32_avx512", "float32_avx2"),
     "float32_avx2": ("float32_avx2",),
-    "bfloat16": ("bfloat16_avx512",),
+    "bfloat16": ("bfloat16_amx", "bfloat16_avx512"),
 }
 """Of peak.cpp, best first: what measures each limit."""
 
@@ -55,7 +55,7 @@ class Peaks:
         threads: how many threads ran.
         float32: multiply-adds on the widest vectors there are, in GFLOP/s.
         float32_avx2: on 256-bit vectors, in GFLOP/s.
-        bfloat16: the instruction vdpbf16ps, in GFLOP/s.
+        bfloat16: the tiles of AMX, or else the instruction vdpbf16ps, in GFLOP/s.
         memory: reads of a buffer larger than any cache, in GB/s.
     """
 

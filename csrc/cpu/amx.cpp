@@ -13,7 +13,8 @@
 namespace attn_ext {
 #ifdef ATTN_EXT_EMULATE_AMX
 const Kernels kAmxKernels = {"amx_emulated", [] { return kAvx512Bf16Kernels.available(); },
-                             run_forward, run_backward, run_weights};
+                             run_forward,    run_backward,
+                             run_weights,    run_linear};
 #else
 namespace {
 // Linux gives the registers to processes that ask for them (its documentation, x86/xstate), since
@@ -31,7 +32,10 @@ const Kernels kAmxKernels = {"amx",
                                       __builtin_cpu_supports("amx-tile") &&
                                       __builtin_cpu_supports("amx-bf16") && tiles_are_granted();
                              },
-                             run_forward, run_backward, run_weights};
+                             run_forward,
+                             run_backward,
+                             run_weights,
+                             run_linear};
 #endif
 }  // namespace attn_ext
 #endif

@@ -88,8 +88,7 @@ void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
     weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
   });
 }
-// AMX has none of its own.
-[[maybe_unused]] void run_linear(const LinearArguments& arguments, int threads) {
+void run_linear(const LinearArguments& arguments, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   kAvx512Kernels.linear(arguments, threads);
 #else

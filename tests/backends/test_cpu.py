@@ -34,6 +34,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 LARGE = (1, 4, 700, 64)
+PRESENT = [name for name, there in cpu.capabilities().items() if there]
 
 
 def test_one_openmp_library_and_pool() -> None:
@@ -298,3 +299,23 @@ def test_lse_alone_does_not_keep_decoding_from_its_kernel() -> None:
     # A backward pass wants the general kernel's order of summation, which shows in the last bits.
     out, _ = attn_ext.attention(query.requires_grad_(), key, value, return_lse=True)
     assert not torch.equal(out, decoded)
+
+
+@pytest.mark.parametrize("capability", PRESENT)
+def test_every_instruction_set_has_a_linear(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "capability", capability)
+    input, weight, bias = torch.randn(5, 80), torch.randn(33, 80), torch.randn(33)
+    actual = cpu.linear(input, weight, bias)
+    expected = torch.nn.functional.linear(input, weight, bias)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_of_bfloat16_come_after_floats_on_intel() -> None:
+    order = list(cpu.capabilities())
+    if "avx512" not in order:
+        pytest.skip("x86-64 has these")
+    with open("/proc/cpuinfo") as file:
+        intel = "GenuineIntel" in file.read(256)
+    assert (order.index("avx512") < order.index("avx512_bf16")) == intel
