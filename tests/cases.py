@@ -231,6 +231,16 @@ def _direction(like: Tensor) -> Tensor:
     return direction.to(like.device)
 
 
+def gradients_through_scores(inputs: Inputs, average: bool) -> dict[str, Tensor]:
+    """The part of the gradients of weights that does not come through LSE, by the reference."""
+    query, key, value, options = inputs.query, inputs.key, inputs.value, inputs.options
+    common = {"backend": "reference", **options}
+    _, lse = attn_ext.attention(query, key, value, return_lse=True, **common)
+    weights = attn_ext.attention_weights(query, key, lse=lse.detach(), average=average, **common)
+    loss = (weights.double() * _direction(weights)).sum()
+    return _gradients("weights'", loss, inputs.differentiable)
+
+
 def gradients_from_rounded(
     inputs: Inputs, results: dict[str, Tensor], average: bool
 ) -> dict[str, Tensor]:
