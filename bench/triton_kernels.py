@@ -30,12 +30,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
     "dropout": {"dropout_p": 0.1},
+    "mask": {"attn_mask": torch.empty(2, 1, 4096, 4096, dtype=torch.bool, device="meta")},
 }
+LADEN = ("dropout", "mask")
 VARIANTS = (
     ("float16", (64, 128, 256), ("plain", "causal")),
+    ("float16", (64, 128), LADEN),
     ("float32", (64, 128), ("plain",)),
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
+KERNELS = ("forward", "backward_queries", "backward_keys", "backward_atomic")
 WAVE64 = ("gfx9",)
 """AMD's architectures with 64 threads a wavefront."""
 
@@ -85,9 +89,10 @@ def names(
         for dtype, head_dims, kinds in variants:
             for head_dim in head_dims:
                 for kind in kinds:
-                    for kernel in ("forward", "backward_queries", "backward_keys"):
+                    for kernel in KERNELS:
                         yield Name(architecture, kernel, dtype, head_dim, kind)
-                yield Name(architecture, "weights", dtype, head_dim, "plain")
+                if "plain" in kinds:
+                    yield Name(architecture, "weights", dtype, head_dim, "plain")
 
 
 def compiled(name: Name) -> Any:
@@ -185,12 +190,14 @@ def _call(name: Name) -> launch.Call:
         launch.forward_plan(*start, tensor, lse),
         launch.weights_plan(*start, lse, weights, True),
         *launch.backward_plans(
-            *start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse
+            *(*start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse),
+            atomic=name.kernel == "backward_atomic",
         ),
     ]
     plan = next(plan for plan in plans if plan.name == name.kernel)
     bits, width = tensor.element_size() * 8, configurations.block_of(name.head_dim)
-    return plan.call(configurations.configuration_of(name.kernel, name.architecture, bits, width))
+    size = name.architecture, bits, width, name.kind in LADEN
+    return plan.call(configurations.configuration_of(name.kernel, *size))
 
 
 def measured(name: Name) -> dict[str, Any]:

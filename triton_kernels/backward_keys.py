@@ -1,13 +1,15 @@
 """Backward pass, dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm 2, the
-column's half of it; nothing is atomic).
+column's half of it; nothing is atomic, unless dQ is asked for).
 
     S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - term)
     dV += P^T dO;  dK += dS^T Q
+    dq_sums += dS K, atomic, where the whole of algorithm 2 is asked for: float32, in any order
 
 Grid: a program for BLOCK_N keys of one key head. It reads its keys and values once and the rows
 that see them, of all heads that share the key head, BLOCK_M at a time, with their output gradients;
 it writes dK and dV. Everything is transposed, keys being the rows, so that weights are operands of
-the next product as they are. Tested like `backward_queries`.
+the next product as they are. With dq_sums it also adds to those rows' sums, which start from 0 and
+from which `backward_queries` then makes dQ. Tested like `backward_queries`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from attn_ext.triton_kernels.arguments import Problem, Tile
 from attn_ext.triton_kernels.gradients import gradients_of, keep_of, load_row_values
 from attn_ext.triton_kernels.scores import (
     CAREFUL,
+    add_to_tile,
     edge_tile,
     head_of,
     is_finite,
@@ -31,7 +34,7 @@ from attn_ext.triton_kernels.scores import (
 
 @triton.jit
 def add_tile(
-    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, tile, problem,
+    dk, dv, k, v, queries, gradients, lse, terms, dweights, share, sums, tile, problem,
     shape: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what one tile of rows contributes."""
@@ -60,7 +63,11 @@ def add_tile(
     )
     if dweights is None:
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=shape.PRECISION)
-    dk = tl.dot(dproduct.to(q.dtype), q, dk, input_precision=shape.PRECISION)
+    dproduct = dproduct.to(q.dtype)
+    dk = tl.dot(dproduct, q, dk, input_precision=shape.PRECISION)
+    if sums is not None:
+        dq = tl.dot(tl.trans(dproduct), k, input_precision=shape.PRECISION)
+        add_to_tile(sums, tile.start_m, offs_m[:, None], offs_d[None, :], dq, shape.HEAD_DIM)
     return dk, dv
 
 
@@ -123,6 +130,7 @@ def backward_keys(
     dv,  # or None with dweights
     dweights,  # or None
     share,
+    dq_sums,  # or None
     scoring,
     reach,
     dropout,  # or None
@@ -148,15 +156,17 @@ def backward_keys(
     first, stop, full_first, full_stop = rows_of_keys(start_n, problem, shape)
     for head in range(key_head * sizes.group, (key_head + 1) * sizes.group):
         queries = head_of(q, batch, head, length)
-        gradients = queries
+        gradients, sums = queries, dq_sums
         if dweights is None:
             gradients = head_of(dout, batch, head, length)
+        if dq_sums is not None:
+            sums = head_of(dq_sums, batch, head, length)
         for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
             start_m = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_M
             tile = Tile(batch, head, start_m, start_n, offs_m, columns)
             acc_k, acc_v = add_tile(
                 acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
-                tile, problem, shape, True,
+                sums, tile, problem, shape, True,
             )  # fmt: skip
         for start_m in tl.range(
             full_first * shape.BLOCK_M, full_stop * shape.BLOCK_M, shape.BLOCK_M
@@ -164,7 +174,7 @@ def backward_keys(
             tile = Tile(batch, head, start_m, start_n, offs_m, columns)
             acc_k, acc_v = add_tile(
                 acc_k, acc_v, k_tile, v_tile, queries, gradients, lse, terms, dweights, share,
-                tile, problem, shape, False,
+                sums, tile, problem, shape, False,
             )  # fmt: skip
 
     dkeys = head_of(dk, batch, key_head, sizes.key_length)

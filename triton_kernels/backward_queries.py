@@ -6,7 +6,9 @@ is atomic, so the result does not depend on timing).
 Grid: a program for BLOCK_M query rows of one head, as in `forward`, whose plan this follows. It
 reads queries, output gradients, LSE and terms once, and the keys and values that its rows see,
 BLOCK_N at a time; it writes dQ. With a gradient of the weights instead of one of the output
-(dweights), dP is read, the term is 0 and minus the sum of each row of dS is written as dlse.
+(dweights), dP is read, the term is 0 and minus the sum of each row of dS is written as dlse. With
+dq_sums, which `backward_keys` has added up, only dQ = scale dq_sums is left to do, and the rows in
+which a hidden key was not finite.
 Tested against attn_ext/backends/reference.py and by gradcheck, interpreted, in
 tests/test_contract.py.
 """
@@ -136,6 +138,7 @@ def backward_queries(
     dweights,  # or None
     share,
     dlse,  # with dweights: written
+    dq_sums,  # or None
     scoring,
     reach,
     dropout,  # or None
@@ -165,19 +168,25 @@ def backward_queries(
     sums = tl.zeros((shape.BLOCK_M,), tl.float32)
 
     first, stop, full_first, full_stop = keys_of_rows(start_m, problem, shape)
-    for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
-        start_n = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_N
-        tile = Tile(batch, head, start_m, start_n, rows, offs_n)
-        acc, sums = add_tile(
-            acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
-            tile, problem, shape, True,
-        )  # fmt: skip
-    for start_n in tl.range(full_first * shape.BLOCK_N, full_stop * shape.BLOCK_N, shape.BLOCK_N):
-        tile = Tile(batch, head, start_m, start_n, rows, offs_n)
-        acc, sums = add_tile(
-            acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
-            tile, problem, shape, False,
-        )  # fmt: skip
+    if dq_sums is not None:
+        sources = head_of(dq_sums, batch, head, length)
+        acc = load_tile(sources, start_m, rows, offs_d, shape.HEAD_DIM, True)
+    else:
+        for i in tl.range(0, stop - first - (full_stop - full_first), num_stages=1):
+            start_n = edge_tile(i, first, full_first, full_stop) * shape.BLOCK_N
+            tile = Tile(batch, head, start_m, start_n, rows, offs_n)
+            acc, sums = add_tile(
+                acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
+                tile, problem, shape, True,
+            )  # fmt: skip
+        for start_n in tl.range(
+            full_first * shape.BLOCK_N, full_stop * shape.BLOCK_N, shape.BLOCK_N
+        ):
+            tile = Tile(batch, head, start_m, start_n, rows, offs_n)
+            acc, sums = add_tile(
+                acc, sums, q_tile, do_tile, keys, values, l_i, term, dweights, share,
+                tile, problem, shape, False,
+            )  # fmt: skip
 
     outputs = head_of(dq, batch, head, length)
     done_again = False

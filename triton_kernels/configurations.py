@@ -1,8 +1,9 @@
 """Block sizes, warps and pipeline stages, for each kernel, family of architectures and head_dim.
 
 Chosen from `python -m bench.compile_report`: nothing spills where a choice without spills was found
-(float32 with a head_dim above 128 has none), shared memory fits, and the main loop has few
-instructions for its matrix products. None has been timed: there was no GPU. `tuning` times these
+that needs no third more instructions (float32 at a head_dim of 128 and more often has none, RDNA
+none for gradients from 128 on), shared memory fits, and the main loop has few instructions for its
+matrix products. None has been timed: there was no GPU. `tuning` times these
 and others on the GPU at hand.
 """
 
@@ -27,6 +28,7 @@ INTERPRETED = Configuration(32, 32, descriptors=True)
 """So small that the sizes of tests cross blocks."""
 
 _C = Configuration
+_WIDTHS = (32, 64, 128, 256)
 
 # By family and bits of an element; for each kernel, by width: the larger head_dim, rounded up to a
 # power of 2, at least 32.
@@ -42,13 +44,19 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2),
             64: _C(128, 64, 8, 2),
             128: _C(32, 64, 8, 2),
-            256: _C(32, 32, 8, 1),
+            256: _C(32, 32, 8, 2),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2),
             64: _C(32, 128, 8, 2),
             128: _C(64, 64, 8, 2),
             256: _C(32, 32, 8, 1),
+        },
+        "backward_atomic": {
+            32: _C(32, 128, 8, 1),
+            64: _C(16, 128, 8, 1),
+            128: _C(16, 64, 8, 1),
+            256: _C(16, 32, 8, 1),
         },
     },
     ("wgmma", 16): {
@@ -70,6 +78,12 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             128: _C(32, 128, 8, 2, True),
             256: _C(32, 32, 8, 1),
         },
+        "backward_atomic": {
+            32: _C(64, 128, 8, 1, True),
+            64: _C(64, 128, 8, 1, True),
+            128: _C(32, 128, 8, 2, True),
+            256: _C(16, 32, 8, 1),
+        },
     },
     ("tcgen05", 16): {
         "forward": {
@@ -82,7 +96,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 64, 8, 2, True),
             128: _C(64, 64, 8, 2, True),
-            256: _C(32, 32, 8, 1),
+            256: _C(32, 32, 8, 2),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2, True),
@@ -90,14 +104,26 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             128: _C(64, 64, 8, 1, True),
             256: _C(32, 32, 8, 1),
         },
+        "backward_atomic": {
+            32: _C(64, 128, 8, 2, True),
+            64: _C(64, 128, 8, 1, True),
+            128: _C(32, 64, 8, 1, True),
+            256: _C(16, 32, 8, 1),
+        },
     },
     ("amd", 16): {  # MFMA, within 64 KiB
         "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(64, 32), 256: _C(32, 32)},
         "backward_queries": {32: _C(64, 32), 64: _C(64, 32), 128: _C(32, 32), 256: _C(32, 16)},
         "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
+        "backward_atomic": {32: _C(32, 64), 64: _C(32, 64), 128: _C(16, 32), 256: _C(16, 16)},
     },
     ("rdna", 16): {  # 256 registers, and operands twice in a wavefront of 32
-        "forward": {32: _C(128, 32, 8), 64: _C(128, 32, 8), 128: _C(64, 16, 8), 256: _C(32, 16, 8)},
+        "forward": {
+            32: _C(128, 32, 8),
+            64: _C(128, 32, 8),
+            128: _C(64, 16, 8),
+            256: _C(32, 16, 16),
+        },
         "backward_queries": {
             32: _C(64, 32, 8),
             64: _C(64, 32, 8),
@@ -105,14 +131,25 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             256: _C(32, 16, 8),
         },
         "backward_keys": {
-            32: _C(32, 64, 8),
-            64: _C(32, 64, 8),
-            128: _C(16, 64, 8),
+            32: _C(32, 32, 8),
+            64: _C(32, 32, 8),
+            128: _C(16, 32, 8),
             256: _C(16, 32, 8),
+        },
+        "backward_atomic": {
+            32: _C(16, 32, 8),
+            64: _C(16, 32, 8),
+            128: _C(16, 16, 8),
+            256: _C(16, 16, 8),
         },
     },
     ("nvidia", 32): {
-        "forward": {32: _C(64, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 32, 8)},
+        "forward": {
+            32: _C(64, 32),
+            64: _C(32, 64, 8),
+            128: _C(32, 32, 8),
+            256: _C(16, 32, 8),
+        },
         "backward_queries": {
             32: _C(32, 32),
             64: _C(32, 32),
@@ -120,25 +157,39 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             256: _C(16, 16, 8),
         },
         "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16, 8)},
+        "backward_atomic": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
     },
     ("amd", 32): {
         "forward": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
         "backward_queries": {32: _C(32, 16), 64: _C(32, 16), 128: _C(16, 16), 256: _C(16, 16)},
         "backward_keys": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16), 256: _C(16, 16)},
+        "backward_atomic": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16), 256: _C(16, 16)},
+    },
+    ("rdna", 32): {
+        "forward": {32: _C(32, 16, 8), 64: _C(32, 16, 8), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
+        "backward_queries": dict.fromkeys(_WIDTHS, _C(16, 16, 8)),
+        "backward_keys": {
+            32: _C(16, 16, 8),
+            64: _C(16, 16, 8),
+            128: _C(16, 16, 16),
+            256: _C(16, 16, 16),
+        },
+        "backward_atomic": dict.fromkeys(_WIDTHS, _C(16, 16, 16)),
     },
 }
 _ONE_PASS = {
-    16: {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
-    32: {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+    ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
+    ("", 32): {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
+    ("rdna", 32): {32: _C(32, 16, 8), 64: _C(32, 16, 8), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
 }
-"""By bits and width: of the weights and the mask's gradient, whose loops are over heads."""
+"""Of the weights and the mask's gradient, whose loops are over heads; "" is any other family."""
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
 
 
 def family_of(architecture: str, bits: int) -> str:
     """Which of NVIDIA's or AMD's architectures have a configuration in common."""
     if architecture.startswith("gfx"):
-        return "amd" if bits == 32 or architecture.startswith("gfx9") else "rdna"
+        return "amd" if architecture.startswith("gfx9") else "rdna"
     if bits == 32:
         return "nvidia"
     number = int(architecture.removeprefix("sm_"))
@@ -150,7 +201,9 @@ def block_of(head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim), 16)
 
 
-def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> Configuration:
+def configuration_of(
+    kernel: str, architecture: str, bits: int, width: int, laden: bool = False
+) -> Configuration:
     """The configuration of a kernel.
 
     Args:
@@ -158,24 +211,37 @@ def configuration_of(kernel: str, architecture: str, bits: int, width: int) -> C
         architecture: "sm_80", "gfx942" and the like, or "interpreter".
         bits: of an element of query.
         width: `block_of` the larger head_dim.
+        laden: whether every pair has something of its own, an entry of a mask or a random number:
+            what that takes of registers and shared memory, tiles of scores give up.
     """
     if architecture == "interpreter":
         return INTERPRETED
     width = max(width, 32)
+    family = family_of(architecture, bits)
     if kernel == "row_terms":
         return _ROW_TERMS[0]
     if kernel in ("weights", "mask_gradient"):
-        return _ONE_PASS[bits][width]
-    return _TABLE[family_of(architecture, bits), bits][kernel][width]
+        return _ONE_PASS.get((family, bits), _ONE_PASS["", bits])[width]
+    own = _TABLE[family, bits][kernel][width]
+    if not laden or bits == 32:
+        return own
+    return own._replace(
+        BLOCK_M=min(own.BLOCK_M, 64),
+        BLOCK_N=min(own.BLOCK_N, 64),
+        num_warps=own.num_warps if family == "amd" else 8,
+        num_stages=1,
+    )
 
 
-def candidates_of(kernel: str, architecture: str, bits: int, width: int) -> list[Configuration]:
+def candidates_of(
+    kernel: str, architecture: str, bits: int, width: int, laden: bool = False
+) -> list[Configuration]:
     """What is worth timing, `configuration_of` first: four to sixteen.
 
     They are the kernel's configurations for any head_dim and family of that vendor, and its own one
     with other warps, other stages, and with and without descriptors where hardware reads them.
     """
-    own = configuration_of(kernel, architecture, bits, width)
+    own = configuration_of(kernel, architecture, bits, width, laden)
     if architecture == "interpreter":
         return [own, own._replace(BLOCK_M=16), own._replace(BLOCK_N=16, descriptors=False)]
     if kernel == "row_terms":
@@ -183,7 +249,7 @@ def candidates_of(kernel: str, architecture: str, bits: int, width: int) -> list
     nearby = [own._replace(num_warps=warps) for warps in (4, 8)]
     nearby += [own._replace(num_stages=stages) for stages in (1, 2, 3)]
     if kernel in ("weights", "mask_gradient"):
-        nearby += _ONE_PASS[bits].values()
+        nearby += _ONE_PASS["", bits].values()
     else:
         amd = architecture.startswith("gfx")
         for (family, size), kernels in _TABLE.items():

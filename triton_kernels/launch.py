@@ -8,6 +8,7 @@ device, unless `tuning` is asked for: a seed on it is read there.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,10 @@ from attn_ext.triton_kernels.weights import weights as weights_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether this process interprets the kernels; it is settled when they are defined."""
 
+ATOMIC = os.environ.get("ATTN_EXT_TRITON_ATOMIC", "0") == "1"
+"""Whether the backward pass sums dQ by atomic additions, unless torch is told to be deterministic:
+five products a tile instead of seven, and float32 sums in memory whose order is chance."""
+
 LOG2_E = 1.4426950408889634
 
 
@@ -49,8 +54,11 @@ class Call(NamedTuple):
     grid: int
     arguments: dict[str, Any]
     options: dict[str, Any]
+    sums: Tensor | None = None  # what it adds to, from 0 on
 
     def run(self) -> None:
+        if self.sums is not None:
+            self.sums.zero_()
         if self.grid > 0:
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 
@@ -113,7 +121,8 @@ def forward_plan(
 
 def backward(architecture: str, seed: int | Tensor, problem: Problem, *tensors: Any) -> None:
     """Writes dquery, dkey, dvalue, dmask (if given) and row_term: what `backward_plans` takes."""
-    plans = backward_plans(architecture, seed, problem, *tensors)
+    atomic = ATOMIC and not torch.are_deterministic_algorithms_enabled()
+    plans = backward_plans(architecture, seed, problem, *tensors, atomic=atomic)
     with _device_of(problem):
         for plan in plans:
             plan.run(architecture, problem)
@@ -135,10 +144,12 @@ def backward_plans(
     dvalue: Tensor | None,
     dmask: Tensor | None,
     row_term: Tensor,
+    atomic: bool = False,
 ) -> list[Plan]:
-    """The row terms first; what comes after them in any order.
+    """To be run in this order.
 
-    With dweights, times share, in place of out, dout and dlse: of weights; row_term is then dlse.
+    With dweights, times share, in place of out, dout and dlse: of weights, never atomic; row_term
+    is then dlse.
     """
     for_weights = dweights is not None
     common = {
@@ -152,6 +163,12 @@ def backward_plans(
         "share": share,
     }
     batch, heads, key_heads = problem.batch, problem.query_heads, problem.key.shape[1]
+    sums = None
+    if atomic and not for_weights:
+        sums = torch.empty_like(
+            problem.query, dtype=torch.float32, memory_format=torch.contiguous_format
+        )
+    dq_sums = None if sums is None else rows_of(sums)
 
     def made(kernel: Any, config: Configuration, grid: int, **own: Any) -> Call:
         settings = _settings(architecture, seed, problem, dropout, config)
@@ -166,6 +183,7 @@ def backward_plans(
             v=tiles_of(problem.value, config.BLOCK_N, config),
             dq=rows_of(dquery),
             dlse=rows_of(row_term) if for_weights else None,
+            dq_sums=dq_sums,
         )
 
     def keys_call(config: Configuration) -> Call:
@@ -177,7 +195,8 @@ def backward_plans(
             dout=None if dout is None else tiles_of(dout, config.BLOCK_M, config),
             dk=rows_of(dkey),
             dv=None if dvalue is None else rows_of(dvalue),
-        )
+            dq_sums=dq_sums,
+        )._replace(sums=sums)
 
     def mask_call(config: Configuration) -> Call:
         assert dmask is not None
@@ -196,8 +215,8 @@ def backward_plans(
         )
 
     plans = [
-        Plan("backward_queries", queries_call, for_weights),
-        Plan("backward_keys", keys_call, for_weights),
+        Plan("backward_atomic" if sums is not None else "backward_keys", keys_call, for_weights),
+        Plan("backward_queries", queries_call, (for_weights, sums is not None)),
     ]
     if dmask is not None:
         plans.append(

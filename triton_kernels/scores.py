@@ -107,6 +107,14 @@ def store_tile(head, start, rows, columns, x, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def add_to_tile(head, start, rows, columns, x, WIDTH: tl.constexpr):
+    """Adds to what exists of a tile, as other programs do: in no order."""
+    pointers = head.base + tl.cast(start, tl.int64) * head.stride + (rows * head.stride + columns)
+    inside = (rows < head.length - start) & (columns < WIDTH)
+    tl.atomic_add(pointers, x, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.constexpr):
     """A value a row, of LSE or the row terms; with EDGE, `other` beyond the last one."""
     base = start_of(values, tile.batch, tile.head)

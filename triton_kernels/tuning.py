@@ -46,7 +46,8 @@ def configuration(
     was not run before.
     """
     width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
-    size = architecture, problem.query.element_size() * 8, width
+    laden = problem.attn_mask is not None or problem.dropout_p > 0
+    size = architecture, problem.query.element_size() * 8, width, laden
     if not ENABLED:
         return configuration_of(kernel, *size)
     key = (kernel, architecture, kind, *_kind_of(problem))

@@ -9,6 +9,8 @@ import sys
 import interpreted
 import pytest
 import torch
+from cases import CASES, Case, make_inputs
+from test_contract import assert_contract, test_garbage_reaches_only_rows_that_see_it
 from torch import Tensor
 
 import attn_ext
@@ -204,7 +206,7 @@ def test_what_hardware_can_copy(tensor: Tensor, expected: bool) -> None:
 KERNELS = ("forward", "row_terms", "backward_queries", "backward_keys", "mask_gradient", "weights")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, "backward_atomic"])
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize(
     "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
@@ -215,7 +217,7 @@ def test_candidates(architecture: str, bits: int, kernel: str) -> None:
         assert found[0] == configurations.configuration_of(kernel, architecture, bits, width)
         assert 4 <= len(set(found)) == len(found) <= 40
         copies = architecture in ("sm_90", "sm_100") and bits == 16
-        passing = kernel in ("forward", "backward_queries", "backward_keys")
+        passing = kernel == "forward" or kernel.startswith("backward_")
         assert any(x.descriptors for x in found) == (copies and passing)
 
 
@@ -260,10 +262,14 @@ def test_the_fastest_configuration_is_kept(tuned: None, monkeypatch: pytest.Monk
 
 
 @on_the_interpreter
+@pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize("fastest", [0, 1, 2])
 def test_gradients_and_weights_by_every_candidate(
-    fastest: int, tuned: None, monkeypatch: pytest.MonkeyPatch
+    fastest: int, atomic: bool, tuned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "ATOMIC", atomic)
+    kernels = {*KERNELS, *(["backward_atomic"] if atomic else [])}
+
     def results(backend: str) -> list[Tensor]:
         torch.manual_seed(1)
         mask = torch.randn(1, 1, 34, 37, requires_grad=True)
@@ -276,10 +282,10 @@ def test_gradients_and_weights_by_every_candidate(
         return [out, weights, *gradients]
 
     times = [3.0 if i != fastest else 1.0 for i in range(3)]
-    monkeypatch.setattr(tuning, "do_bench", Timer(*times * 3 * len(KERNELS)))
+    monkeypatch.setattr(tuning, "do_bench", Timer(*times * 3 * len(kernels)))
     for ours, exact in zip(results("triton"), results("reference"), strict=True):
         torch.testing.assert_close(ours, exact)
-    assert {key[0] for key in tuning._fastest} == set(KERNELS)
+    assert {key[0] for key in tuning._fastest} == kernels
     for (kernel, *_), chosen in tuning._fastest.items():
         assert chosen == configurations.candidates_of(kernel, "interpreter", 32, 16)[fastest]
 
@@ -295,6 +301,61 @@ def test_what_was_timed_is_printed(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("attn_ext ('forward', 'interpreter', None, torch.float32, 8, 8,")
     assert [float(line.split()[0]) for line in lines[1:]] == [3.0, 1.0, math.inf]
+
+
+@pytest.fixture
+def atomic_plans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels of backward passes, where ATTN_EXT_TRITON_ATOMIC is asked for."""
+    seen: list[str] = []
+
+    def run(self: launch.Plan, *arguments: object) -> None:
+        seen.append(self.name)
+        original(self, *arguments)
+
+    original = launch.Plan.run
+    monkeypatch.setattr(launch, "ATOMIC", True)
+    monkeypatch.setattr(launch.Plan, "run", run)
+    return seen
+
+
+ATOMIC_CASES = ("plain", "grouped_heads", "window", "float_mask_keys", "dropout_shifted",
+                "everything", "length_65")  # fmt: skip
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("case", [x for x in CASES if x.name in ATOMIC_CASES], ids=lambda x: x.name)
+def test_atomic_sums_keep_the_contract(case: Case, atomic_plans: list[str]) -> None:
+    assert_contract(make_inputs(case, torch.float32), torch.float32, "triton", average=True)
+    # Of the output, and of the LSE that the weights come from; their own gradient takes none.
+    assert atomic_plans.count("backward_atomic") == 2
+    assert atomic_plans.count("backward_keys") == 1
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_atomic_sums_of_halves_are_float32(dtype: torch.dtype, atomic_plans: list[str]) -> None:
+    case = next(x for x in CASES if x.name == "everything")
+    assert_contract(make_inputs(case, dtype), dtype, "triton", average=False)
+    assert "backward_atomic" in atomic_plans
+
+
+@on_the_interpreter
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_atomic_sums_and_garbage(where: str, atomic_plans: list[str]) -> None:
+    test_garbage_reaches_only_rows_that_see_it(math.nan, where, "causal", "triton")
+    assert atomic_plans.count("backward_atomic") == 2
+
+
+@on_the_interpreter
+def test_nothing_is_atomic_where_torch_is_deterministic(atomic_plans: list[str]) -> None:
+    query, key, value = (x.requires_grad_() for x in tensors())
+    torch.use_deterministic_algorithms(True)
+    try:
+        attn_ext.attention(query, key, value, backend="triton").sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "backward_keys" in atomic_plans
+    assert "backward_atomic" not in atomic_plans
 
 
 def test_without_the_option_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
