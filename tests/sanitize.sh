@@ -35,7 +35,7 @@ assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built with
 assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
 END
 "$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-  -n auto --maxprocesses 8 "$root/tests/test_contract.py" \
+  "$root/tests/test_contract.py" \
   -k "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
 
 # float32 throughout, and the plain kernels of both kinds of halves. Compiled before a sanitizer is preloaded.
