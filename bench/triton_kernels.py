@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_ext.problem import Problem
-from attn_ext.triton_kernels import configurations, launch
+from attn_ext.triton_kernels import configurations, launch, tuning
 from bench import sass
 from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
 
@@ -32,10 +32,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.1},
     "mask": {"attn_mask": torch.empty(2, 1, 4096, 4096, dtype=torch.bool, device="meta")},
 }
-LADEN = ("dropout", "mask")
 VARIANTS = (
     ("float16", (64, 128, 256), ("plain", "causal")),
-    ("float16", (64, 128), LADEN),
+    ("float16", (64, 128), ("dropout", "mask")),
     ("float32", (64, 128), ("plain",)),
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
@@ -195,8 +194,7 @@ def _call(name: Name) -> launch.Call:
         ),
     ]
     plan = next(plan for plan in plans if plan.name == name.kernel)
-    bits, width = tensor.element_size() * 8, configurations.block_of(name.head_dim)
-    size = name.architecture, bits, width, name.kind in LADEN
+    size = tuning.size_of(name.architecture, problem)
     return plan.call(configurations.configuration_of(name.kernel, *size))
 
 

@@ -45,9 +45,7 @@ def configuration(
     While a CUDA graph is captured nothing can be timed, and the table's is what a problem gets that
     was not run before.
     """
-    width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
-    laden = problem.attn_mask is not None or problem.dropout_p > 0
-    size = architecture, problem.query.element_size() * 8, width, laden
+    size = size_of(architecture, problem)
     if not ENABLED:
         return configuration_of(kernel, *size)
     key = (kernel, architecture, kind, *_kind_of(problem))
@@ -61,6 +59,13 @@ def configuration(
             for config, time in times.items():
                 print(f"  {time:9.4f} ms {config}")
     return _fastest[key]
+
+
+def size_of(architecture: str, problem: Problem) -> tuple[str, int, int, bool]:
+    """What `configuration_of` takes of a problem."""
+    width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
+    laden = problem.attn_mask is not None or problem.dropout_p > 0
+    return architecture, problem.query.element_size() * 8, width, laden
 
 
 def _time(run: Callable[[Configuration], None], config: Configuration) -> float:

@@ -25,7 +25,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kPortableKernels;
 
 // Best first; an emulated one last, so that it runs only where it is asked for. On Intel's
-// processors AVX-512 comes before products of bfloat16 pairs (vdpbf16ps), with which Sapphire
+// processors AVX-512 comes before products of bfloat16 pairs (vdpbf16ps), with which Emerald
 // Rapids took 1.3 to 1.7 times as long.
 inline const std::vector<const Kernels*>& all_kernels() {
 #if defined(__x86_64__)
