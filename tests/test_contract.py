@@ -218,7 +218,8 @@ def test_garbage_reaches_only_rows_that_see_it(
     bad: float, where: str, hide: str, backend: str
 ) -> None:
     """Forward and backward, with the garbage in key 70 (or row 70): its own tile is an edge."""
-    inputs = make_inputs(Case("", lambda s: {}, SQUARE), torch.float32)
+    sizes = Sizes(1, 2, 1, 97, 97)
+    inputs = make_inputs(Case("", lambda s: {}, sizes), torch.float32)
     tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
     options: dict[str, object] = {"causal": True}
     if hide != "causal":
@@ -228,7 +229,7 @@ def test_garbage_reaches_only_rows_that_see_it(
         if hide == "float_mask":
             options = {"attn_mask": torch.zeros(97, 97).masked_fill(~visible, float("-inf"))}
         if hide == "padding":
-            options = {"key_padding_mask": (torch.arange(97) != 70).expand(2, 97)}
+            options = {"key_padding_mask": (torch.arange(97) != 70)[None]}
     seen = (
         attn_ext.attention_weights(
             inputs.query, inputs.key, average=False, backend="reference", **options
