@@ -7,8 +7,13 @@ kernels by Triton's interpreter; and by the GPU where there is one (`pytest -m g
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
+
+# Read when OpenMP is loaded, with torch. Processes of pytest-xdist have more threads than there are cores,
+# and a thread that waits by spinning keeps another from working: tests took six times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import interpreted  # first: kernels are defined as interpreted ones when triton is imported
 

@@ -34,7 +34,7 @@ symbols = open(_cpu.__file__, "rb").read()
 assert b"__asan_report" in symbols and b"__ubsan_handle" in symbols, "built without sanitizers"
 assert "amx_emulated" in _cpu.capabilities(), "built without emulated AMX"
 END
-"$root/.venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+"$root/.venv/bin/python" -m pytest -n auto --maxprocesses 8 -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
   "$root/tests/test_contract.py" \
   -k "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
 

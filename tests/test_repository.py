@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -63,3 +64,12 @@ def test_nothing_unfinished_is_tracked() -> None:
         path = ROOT / name
         if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and path != pathlib.Path(__file__):
             assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.name
+)
+def test_no_file_runs_the_tests_of_another(path: pathlib.Path) -> None:
+    """pytest takes a test that a file imports for one of its own."""
+    imports = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.ImportFrom)]
+    assert [x.name for node in imports for x in node.names if x.name.startswith("test_")] == []

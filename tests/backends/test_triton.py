@@ -8,9 +8,9 @@ import sys
 
 import interpreted
 import pytest
+import test_contract
 import torch
 from cases import CASES, Case, make_inputs
-from test_contract import assert_contract, test_garbage_reaches_only_rows_that_see_it
 from torch import Tensor
 
 import attn_ext
@@ -333,7 +333,9 @@ ATOMIC_CASES = [
 @on_the_interpreter
 @pytest.mark.parametrize("case", ATOMIC_CASES)
 def test_atomic_sums_keep_the_contract(case: Case, atomic_plans: list[str]) -> None:
-    assert_contract(make_inputs(case, torch.float32), torch.float32, "triton", average=True)
+    test_contract.assert_contract(
+        make_inputs(case, torch.float32), torch.float32, "triton", average=True
+    )
     # Of the output, and of the LSE that the weights come from; their own gradient takes none.
     assert atomic_plans.count("backward_atomic") == 2
     assert atomic_plans.count("backward_keys") == 1
@@ -345,14 +347,14 @@ def test_atomic_sums_keep_the_contract(case: Case, atomic_plans: list[str]) -> N
 )
 def test_atomic_sums_of_halves_are_float32(dtype: torch.dtype, atomic_plans: list[str]) -> None:
     case = next(x for x in CASES if x.name == "everything")
-    assert_contract(make_inputs(case, dtype), dtype, "triton", average=False)
+    test_contract.assert_contract(make_inputs(case, dtype), dtype, "triton", average=False)
     assert "backward_atomic" in atomic_plans
 
 
 @on_the_interpreter
 @pytest.mark.parametrize("where", ["key", pytest.param("value", marks=pytest.mark.exhaustive)])
 def test_atomic_sums_and_garbage(where: str, atomic_plans: list[str]) -> None:
-    test_garbage_reaches_only_rows_that_see_it(math.nan, where, "causal", "triton")
+    test_contract.test_garbage_reaches_only_rows_that_see_it(math.nan, where, "causal", "triton")
     assert atomic_plans.count("backward_atomic") == 2
 
 
