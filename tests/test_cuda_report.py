@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -237,12 +238,17 @@ def test_tables_and_file() -> None:
     assert sum('"registers"' in line for line in written.splitlines()) == 2
 
 
+@functools.cache
+def compiled(name: str) -> list[Kernel]:
+    return Compiler(NVCC, os.cpu_count() or 1).kernels([ARCHITECTURES[name]])
+
+
 @needs_nvcc
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["7.5", "8.0", "9.0"])
 def test_what_the_compiler_made(name: str) -> None:
     """Every kernel, nothing spilled up to a head_dim of 128, and no double in main loops."""
-    kernels = Compiler(NVCC, os.cpu_count() or 1).kernels([ARCHITECTURES[name]])
+    kernels = compiled(name)
     operations = {
         "forward",
         "backward_queries",
@@ -280,8 +286,7 @@ def test_what_the_compiler_made(name: str) -> None:
 )
 def test_instructions_for_each_product(kind: str) -> None:
     """Beside FlashAttention-2, at 8.0."""
-    kernels = Compiler(NVCC, os.cpu_count() or 1).kernels([ARCHITECTURES["8.0"]])
-    verdicts = [x for x in cuda_report.verdicts(kernels) if x[0].kind == kind]
+    verdicts = [x for x in cuda_report.verdicts(compiled("8.0")) if x[0].kind == kind]
     assert len(verdicts) >= sum(target.kind == kind for target in cuda_report.TARGETS)
     missed = [
         f"{kernel.name} ({target.kind}): {kernel.loops[0]['per_matrix_unit']}, at most {target.at_most}"
