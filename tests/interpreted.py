@@ -2,7 +2,7 @@
 
 Importing this module before anything imports triton makes every kernel of this process an
 interpreted one. It repairs what the interpreter of triton 3.9 gets wrong: a product of bfloat16
-multiplies their bits, and rounding to bfloat16 truncates. It also makes it four times as fast, and
+multiplies their bits, and rounding to bfloat16 truncates. It also makes it faster, and
 multiplies float32 as tensor cores do, so that the contract suite judges input_precision too.
 """
 
@@ -25,7 +25,6 @@ try:
     import triton.experimental.gluon  # noqa: F401 - a launch imports it, when it is too late
     import triton.language as tl
     from triton.language import core
-    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     import attn_ext.triton_kernels.launch  # noqa: F401
@@ -134,7 +133,6 @@ def _call(function: interpreter.InterpretedFunction, *args: object, **kwargs: ob
 _initialize_block = core.block_type.__init__
 _initialize_tensor = core.tensor.__init__
 _numpy_dtype_of = interpreter._get_np_dtype
-_broadcast = TritonSemantic.broadcast_impl_value
 
 
 def _block_type(self: core.block_type, element_ty: core.dtype, shape: Iterable[object]) -> None:
@@ -142,7 +140,6 @@ def _block_type(self: core.block_type, element_ty: core.dtype, shape: Iterable[o
     known = vars(element_ty).setdefault("_blocks", {})
     if sizes not in known:
         _initialize_block(self, element_ty, shape)
-        self._sizes = sizes
         # Found once, for every type of these sizes.
         core.tensor(None, self)
         interpreter._get_np_dtype(self)
@@ -165,19 +162,9 @@ def _numpy_dtype(type: core.dtype) -> np.dtype:
     return known["_numpy"]
 
 
-def _broadcast_value(
-    self: TritonSemantic, lhs: core.tensor, rhs: core.tensor
-) -> tuple[core.tensor, core.tensor]:
-    sizes = vars(lhs.type).get("_sizes")
-    if sizes is not None and sizes == vars(rhs.type).get("_sizes"):
-        return lhs, rhs
-    return _broadcast(self, lhs, rhs)
-
-
 core.block_type.__init__ = _block_type
 core.tensor.__init__ = _tensor
 interpreter._get_np_dtype = _numpy_dtype
-TritonSemantic.broadcast_impl_value = _broadcast_value
 interpreter.interpreter_builder.__class__ = _Builder
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
