@@ -10,13 +10,16 @@
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
-// Tested against backends/reference.py in tests/test_contract.py.
+// With AMX several tiles are under way at a time (forward_amx.h). Tested against backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
 struct ForwardWorkspace {
   Element *queries, *keys, *values, *weights;
   Real *scores, *output, *keep, *max, *sum, *scale, *top;
   uint8_t* hidden;
+#ifdef ATTN_EXT_AMX_PRODUCTS
+  Real *next_scores, *next_scale;  // of the tile that is begun before the one before it is done
+#endif
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
     const int64_t tile = kKeys * kRows<Real>;
@@ -25,6 +28,10 @@ struct ForwardWorkspace {
     values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
     scores = arena.take<Real>(tile);
     weights = reinterpret_cast<Element*>(scores);
+#ifdef ATTN_EXT_AMX_PRODUCTS
+    next_scores = arena.take<Real>(tile);
+    next_scale = arena.take<Real>(kRows<Real>);
+#endif
     output = arena.take<Real>(p.value_dim * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
     max = arena.take<Real>(kRows<Real>);
@@ -35,38 +42,63 @@ struct ForwardWorkspace {
   }
 };
 
-// Turns scores into weights times `keep`, if given; moves the running maximum and sum, and leaves
-// in w.scale what the output so far is to be multiplied with.
-template <typename Real, typename Element>
-void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& rows, int64_t keys,
-                    Real factor, const Real* keep) {
+// The softmax of one vector of rows: where its scores are shifted to, what its output so far is to
+// be multiplied with, and its sum.
+template <typename Real>
+struct RunningSoftmax {
+  Vec<Real> shift, scale, total;
+
+  RunningSoftmax() = default;
+  // Moves from the maximum `before` to the one `after`.
+  RunningSoftmax(Vec<Real> before, Vec<Real> after, Vec<Real> sum) {
+    // A row that has seen nothing yet has -inf here; exp2(-inf - 0) is the 0 that it needs.
+    shift = after == -kInfinity<Real> ? Vec<Real>{} : after;
+    scale = exp2<Real>(before - shift);
+    total = sum * scale;
+  }
+};
+
+// `keys` scores of a vector of rows become weights, times `keep` if kKeep; all of them are at the
+// vector's first key. The sum of the weights is added to `total`.
+template <bool kKeep, typename Real, typename Element>
+inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real factor,
+                                                             Vec<Real> shift, const Real* s,
+                                                             const Real* keep, Element* weights,
+                                                             Vec<Real>& total) {
   constexpr int64_t kStride = kRows<Real>;
+  Vec<Real> sum = total;  // in a register, whatever `total` is
+  const auto weight_of_key = [&](int64_t key) {
+    const Vec<Real> x = load(s + key * kStride) * factor - shift;
+    const Vec<Real> weight = exp2_for<Element>(x);
+    sum += weight;
+    return kKeep ? weight * load(keep + key * kStride) : weight;
+  };
+  if constexpr (kDepth<Element> == 1) {
+    for (int64_t j = 0; j < keys; ++j) store<Real>(weights + j * kStride, weight_of_key(j));
+  } else {
+    for (int64_t j = 0; j < keys; j += 2) {
+      const Vec<Real> low = weight_of_key(j);
+      const Vec<Real> high = j + 1 < keys ? weight_of_key(j + 1) : Vec<Real>{};
+      store_packed(weights + j * kStride, pairs_of_weights(low, high));
+    }
+  }
+  total = sum;
+}
+
+// Turns scores into weights, times w.keep if kKeep; moves the running maximum and sum, and leaves in
+// w.scale what the output so far is to be multiplied with.
+template <bool kKeep, typename Real, typename Element>
+void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& rows, int64_t keys,
+                    Real factor) {
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
-    Real* s = w.scores + lane;
     const Vec<Real> before = load(w.max + lane);
     const Vec<Real> after = simd_max<Real>(load(w.top + lane) * factor, before);
-    // A row that has seen nothing yet has -inf here; exp2(-inf - 0) is the 0 that it needs.
-    const Vec<Real> shift = after == -kInfinity<Real> ? Vec<Real>{} : after;
-    const Vec<Real> scale = exp2<Real>(before - shift);
-    Vec<Real> total = load(w.sum + lane) * scale;
-    const auto weight_of_key = [&](int64_t key) {
-      const Vec<Real> x = load(s + key * kStride) * factor - shift;
-      const Vec<Real> weight = exp2_for<Element>(x);
-      total += weight;
-      return keep ? weight * load(keep + key * kStride + lane) : weight;
-    };
-    if constexpr (kDepth<Element> == 1) {
-      for (int64_t j = 0; j < keys; ++j) store<Real>(s + j * kStride, weight_of_key(j));
-    } else {
-      for (int64_t j = 0; j < keys; j += 2) {
-        const Vec<Real> first = weight_of_key(j);
-        const Vec<Real> second = j + 1 < keys ? weight_of_key(j + 1) : Vec<Real>{};
-        store_packed(w.weights + j * kStride + lane, as_pairs(round_both(first, second)));
-      }
-    }
+    RunningSoftmax<Real> softmax(before, after, load(w.sum + lane));
+    scores_to_weights<kKeep>(keys, factor, softmax.shift, w.scores + lane, w.keep + lane,
+                             w.weights + lane, softmax.total);
     store<Real>(w.max + lane, after);
-    store<Real>(w.sum + lane, total);
-    store<Real>(w.scale + lane, scale);
+    store<Real>(w.sum + lane, softmax.total);
+    store<Real>(w.scale + lane, softmax.scale);
   }
 }
 
@@ -105,8 +137,12 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   const Real factor =
       compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores, w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
-  if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
-  update_softmax(w, rows, keys, factor, p.dropout_p > 0 ? w.keep : nullptr);
+  if (p.dropout_p > 0) {
+    dropout_factors(p, rows, key, keys, w.keep);
+    update_softmax<true>(w, rows, keys, factor);
+  } else {
+    update_softmax<false>(w, rows, keys, factor);
+  }
 
   const Into<Real> output{w.output, kRows<Real>, false, w.scale};
   if (careful) {
@@ -137,6 +173,28 @@ struct Surroundings {
   }
 };
 
+#ifdef ATTN_EXT_AMX_PRODUCTS
+#include "forward_amx.h"
+#endif
+
+// All tiles of a range, one after another; `careful` as in forward_tile. Returns whether any of them
+// has hidden pairs.
+template <typename T, typename Real, typename Element>
+bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
+                  const PackedColumns<T, Element>& packed, Surroundings around,
+                  const ForwardWorkspace<Real, Element>& w) {
+  bool any_edge = false;
+  for (int64_t key = range.first; key < range.end; key += kKeys) {
+    const int64_t keys = std::min(kKeys, range.end - key);
+    const TileKind kind = classify(p, rows, key, keys);
+    if (kind == TileKind::kSkip) continue;
+    any_edge |= kind == TileKind::kEdge;
+    around.ask();
+    forward_tile<T>(p, rows, kind, key, keys, careful, packed, w);
+  }
+  return any_edge;
+}
+
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
 void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
@@ -149,15 +207,14 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
     std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
     std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
     std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
-    bool any_edge = false;
-    for (int64_t key = range.first; key < range.end; key += kKeys) {
-      const int64_t keys = std::min(kKeys, range.end - key);
-      const TileKind kind = classify(p, rows, key, keys);
-      if (kind == TileKind::kSkip) continue;
-      any_edge |= kind == TileKind::kEdge;
-      around.ask();
-      forward_tile<T>(p, rows, kind, key, keys, careful, packed, w);
-    }
+#ifdef ATTN_EXT_AMX_PRODUCTS
+    const bool any_edge =
+        careful             ? tile_by_tile<T>(p, rows, range, careful, packed, around, w)
+        : p.dropout_p > 0 ? tiles_overlapped<T, true>(p, rows, range, packed, around, w)
+                            : tiles_overlapped<T, false>(p, rows, range, packed, around, w);
+#else
+    const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, around, w);
+#endif
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
   }
 }

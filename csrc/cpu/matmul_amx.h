@@ -3,6 +3,14 @@
 // A block of C is two by two tiles, the four sums of which stay in registers while two tiles of A
 // and two of B pass by: all eight registers, and each operand loaded is used twice. Rows and depths
 // that don't fill a tile are left to vectors.
+//
+// The unit that multiplies tiles works beside those of vectors, but a core looks only about a
+// hundred instructions ahead. Whoever has other work does a piece of it after each product of two
+// tiles, in `meanwhile`.
+
+struct NothingMeanwhile {
+  void operator()() const {}
+};
 
 template <int... kIndex, typename Call>
 inline __attribute__((always_inline)) void for_each_index(std::integer_sequence<int, kIndex...>,
@@ -12,11 +20,11 @@ inline __attribute__((always_inline)) void for_each_index(std::integer_sequence<
 
 // C (tall x wide tiles) = A B or C += A B, `depth` being that of whole tiles. The sums are in
 // registers 0 to 3, A's tiles in 4 and 5, B's in 6 and 7.
-template <int kTall, int kWide>
-void multiply_tiles(int64_t depth, const BFloat16Pair* a, int64_t lda, const BFloat16Pair* b,
-                    int64_t ldb, const Into<float>& into) {
-  constexpr auto kRowTiles = std::make_integer_sequence<int, kTall>{};
-  constexpr auto kColumnTiles = std::make_integer_sequence<int, kWide>{};
+template <int kTall, int kWide, typename Meanwhile>
+inline __attribute__((always_inline)) void multiply_tiles(int64_t depth, const BFloat16Pair* a,
+                                                          int64_t lda, const BFloat16Pair* b,
+                                                          int64_t ldb, const Into<float>& into,
+                                                          Meanwhile& meanwhile) {
   constexpr auto kSums = std::make_integer_sequence<int, kTall * kWide>{};
   const auto place = [&](int sum) {
     return into.c + sum / kWide * kTileSide * into.stride + sum % kWide * kTileSide;
@@ -29,11 +37,13 @@ void multiply_tiles(int64_t depth, const BFloat16Pair* a, int64_t lda, const BFl
     }
   });
   for (int64_t k = 0; k < depth; k += kTileSide) {
-    for_each_index(kRowTiles, [&](auto m) { load_tile<4 + m>(a + m * kTileSide * lda + k, lda); });
-    for_each_index(kColumnTiles,
-                   [&](auto n) { load_tile<6 + n>(b + k * ldb + n * kTileSide, ldb); });
-    for_each_index(kSums,
-                   [&](auto sum) { multiply_add_tiles<sum, 4 + sum / kWide, 6 + sum % kWide>(); });
+    for_each_index(kSums, [&](auto sum) {
+      constexpr int kRow = sum / kWide, kColumn = sum % kWide;
+      if (kColumn == 0) load_tile<4 + kRow>(a + kRow * kTileSide * lda + k, lda);
+      if (kRow == 0) load_tile<6 + kColumn>(b + k * ldb + kColumn * kTileSide, ldb);
+      multiply_add_tiles<sum, 4 + kRow, 6 + kColumn>();
+      meanwhile();
+    });
   }
   for_each_index(kSums, [&](auto sum) { store_tile<sum>(place(sum), into.stride); });
   if (!into.top) return;
@@ -46,32 +56,97 @@ void multiply_tiles(int64_t depth, const BFloat16Pair* a, int64_t lda, const BFl
   }
 }
 
-template <bool kRowsAdjacent>
+// The same for a B of two by two tiles, which stay in registers 4 to 7 while every tile of A passes
+// by once, in 3. Sums are in 0 and 1; a store is 16 of a core's hundred pending stores, so that the
+// second of two waits for the next row's first product.
+template <typename Meanwhile>
+void multiply_by_four(int64_t rows, const BFloat16Pair* a, int64_t lda, const BFloat16Pair* b,
+                      int64_t ldb, float* c, int64_t stride, bool accumulate,
+                      Meanwhile& meanwhile) {
+  load_tile<4>(b, ldb);
+  load_tile<5>(b + kTileSide, ldb);
+  load_tile<6>(b + kTileSide * ldb, ldb);
+  load_tile<7>(b + kTileSide * ldb + kTileSide, ldb);
+  const auto begin_sum = [&](auto sum, int64_t row) {
+    if (accumulate) {
+      load_tile<sum>(c + row * stride + sum * kTileSide, stride);
+    } else {
+      zero_tile<sum>();
+    }
+  };
+  const auto end_sum = [&](auto sum, int64_t row) {
+    store_tile<sum>(c + row * stride + sum * kTileSide, stride);
+  };
+  constexpr std::integral_constant<int, 0> kFirst;
+  constexpr std::integral_constant<int, 1> kSecond;
+  for (int64_t row = 0; row < rows; row += kTileSide) {
+    begin_sum(kFirst, row);
+    load_tile<3>(a + row * lda, lda);
+    multiply_add_tiles<0, 3, 4>();
+    meanwhile();
+    if (row > 0) end_sum(kSecond, row - kTileSide);
+    begin_sum(kSecond, row);
+    multiply_add_tiles<1, 3, 5>();
+    meanwhile();
+    load_tile<3>(a + row * lda + kTileSide, lda);
+    multiply_add_tiles<0, 3, 6>();
+    meanwhile();
+    multiply_add_tiles<1, 3, 7>();
+    end_sum(kFirst, row);
+    meanwhile();
+  }
+  end_sum(kSecond, rows - kTileSide);
+}
+
+// `to` is not copied: read back in wider pieces than it was written in, the copy would have to wait
+// for every store before it, those of tiles included.
+template <bool kRowsAdjacent, typename Meanwhile>
 void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
-              const BFloat16Pair* b, int64_t ldb, Into<float> into) {
+              const BFloat16Pair* b, int64_t ldb, const Into<float>& to, Meanwhile& meanwhile) {
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   const auto by_vectors = multiply<false, BFloat16Pair, float>;
   const int64_t tile_depth = depth / kTileSide * kTileSide;
   const int64_t tile_rows = tile_depth > 0 ? rows / kTileSide * kTileSide : 0;
   if (tile_rows < rows) {
     by_vectors(rows - tile_rows, vectors, depth, a + tile_rows * lda, lda, b, ldb,
-               into.at(tile_rows, 0));
+               to.at(tile_rows, 0));
   }
   if (tile_rows == 0) return;
-  if (tile_depth < depth || into.scale) {
+  bool accumulate = to.accumulate;
+  if (tile_depth < depth || to.scale) {
     // First, so that the maxima are of the whole sums; over no depth at all it only scales.
     by_vectors(tile_rows, vectors, depth - tile_depth, a + tile_depth, lda, b + tile_depth * ldb,
-               ldb, {into.c, into.stride, into.accumulate, into.scale});
-    into.accumulate = true;
+               ldb, {to.c, to.stride, accumulate, to.scale});
+    accumulate = true;
+  }
+  if (tile_depth == 2 * kTileSide && vectors == 2 && !to.top) {
+    return multiply_by_four(tile_rows, a, lda, b, ldb, to.c, to.stride, accumulate, meanwhile);
   }
   for (int64_t row = 0; row < tile_rows; row += 2 * kTileSide) {
     for (int64_t vector = 0; vector < vectors; vector += 2) {
       const bool tall = row + 2 * kTileSide <= tile_rows, wide = vector + 2 <= vectors;
-      const auto block = tall   ? wide ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
-                         : wide ? multiply_tiles<1, 2>
-                                : multiply_tiles<1, 1>;
-      block(tile_depth, a + row * lda, lda, b + vector * kTileSide, ldb,
-            into.at(row, vector * kTileSide));
+      const auto block = [&](auto tiles_down, auto tiles_across) {
+        const int64_t column = vector * kTileSide;
+        multiply_tiles<tiles_down, tiles_across>(
+            tile_depth, a + row * lda, lda, b + column, ldb,
+            Into<float>{to.c + row * to.stride + column, to.stride, accumulate, nullptr,
+                        to.top ? to.top + column : nullptr},
+            meanwhile);
+      };
+      constexpr std::integral_constant<int, 1> kOne;
+      constexpr std::integral_constant<int, 2> kTwo;
+      if (tall) {
+        wide ? block(kTwo, kTwo) : block(kTwo, kOne);
+      } else {
+        wide ? block(kOne, kTwo) : block(kOne, kOne);
+      }
     }
   }
+}
+
+template <bool kRowsAdjacent>
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
+              const BFloat16Pair* b, int64_t ldb, const Into<float>& to) {
+  NothingMeanwhile nothing;
+  multiply<kRowsAdjacent>(rows, vectors, depth, a, lda, b, ldb, to, nothing);
 }

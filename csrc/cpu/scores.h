@@ -167,33 +167,36 @@ inline Real log2_factor(const Problem& p) {
   return std::max(static_cast<Real>(absolute_scale(p) * kLog2E), std::numeric_limits<Real>::min());
 }
 
+// The largest of `keys` scores of a vector of rows, the first of which s points to.
+template <typename Real>
+Vec<Real> maximum_of_vector(int64_t keys, const Real* s) {
+  Vec<Real> a = broadcast(-kInfinity<Real>), b = a, c = a, d = a;  // independent chains
+  int64_t j = 0;
+  for (; j + 4 <= keys; j += 4) {
+    const Real* first = s + j * kRows<Real>;
+    a = simd_max<Real>(load(first), a);
+    b = simd_max<Real>(load(first + kRows<Real>), b);
+    c = simd_max<Real>(load(first + 2 * kRows<Real>), c);
+    d = simd_max<Real>(load(first + 3 * kRows<Real>), d);
+  }
+  for (; j < keys; ++j) a = simd_max<Real>(load(s + j * kRows<Real>), a);
+  return simd_max<Real>(simd_max<Real>(a, c), simd_max<Real>(b, d));
+}
+
 // top[row] = the largest score of each row.
 template <typename Real>
 void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
-    Vec<Real> highest[4];  // independent chains
-    for (Vec<Real>& x : highest) x = broadcast(-kInfinity<Real>);
-    for (int64_t j = 0; j < keys; j += 4) {
-      for (int64_t i = 0; i < std::min<int64_t>(4, keys - j); ++i) {
-        highest[i] = simd_max<Real>(load(s + (j + i) * kRows<Real> + lane), highest[i]);
-      }
-    }
-    const Vec<Real> even = simd_max<Real>(highest[0], highest[2]);
-    const Vec<Real> odd = simd_max<Real>(highest[1], highest[3]);
-    store<Real>(top + lane, simd_max<Real>(even, odd));
+    store<Real>(top + lane, maximum_of_vector<Real>(keys, s + lane));
   }
 }
 
-// Scores of one tile in s[key][row], -inf where hidden. Returns the factor that takes them to log2
-// units. `top`: each row's largest score; `slope`: the softcap's derivative; if wanted.
-template <typename Element, typename Real>
-Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
-                    int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
-                    Real* s, Real* top = nullptr, Real* slope = nullptr) {
-  const int64_t depth = (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
-  if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
-  multiply<false>(keys, rows.vectors, depth, k, k_stride, queries, kRows<Real>,
-                  Into<Real>{s, kRows<Real>, false, nullptr, top});
+// What a tile's products lack to be scores in s[key][row], -inf where hidden. Returns the factor that
+// takes them to log2 units. `top`, if wanted: each row's largest product, which becomes its largest
+// score; `slope`: the softcap's derivative.
+template <typename Real>
+Real finish_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
+                   Real* s, Real* top = nullptr, Real* slope = nullptr) {
   const double scale = absolute_scale(p);
   Real factor = log2_factor<Real>(p);
   if (p.softcap != 0) {
@@ -217,6 +220,23 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
   apply_window(p, rows, key, keys, s);
   if (top) find_maxima(rows, keys, s, top);
   return factor;
+}
+
+// Elements along head_dim.
+template <typename Element>
+int64_t score_depth(const Problem& p) {
+  return (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
+}
+
+// Scores of one tile, as finish_scores leaves them; `top`: each row's largest score, if wanted.
+template <typename Element, typename Real>
+Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
+                    int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
+                    Real* s, Real* top = nullptr, Real* slope = nullptr) {
+  if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
+  multiply<false>(keys, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
+                  Into<Real>{s, kRows<Real>, false, nullptr, top});
+  return finish_scores(p, rows, kind, key, keys, s, top, slope);
 }
 
 // keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.

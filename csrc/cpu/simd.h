@@ -383,13 +383,50 @@ struct PackedOf<BFloat16Pair> {
   using Type = Words;
 };
 
+#ifdef ATTN_EXT_AMX_PRODUCTS
+// The bits of 2^(i / 32), less i << 18: to which 32 times the exponent, with i as its low bits, is
+// added once shifted by 18.
+struct Exp2Steps {
+  alignas(kVectorBytes) uint32_t bits[32] = {};
+
+  constexpr Exp2Steps() {
+    double step = 1;
+    for (uint32_t i = 0; i < 32; ++i, step *= 1.0218971486541166782) {  // 2^(1 / 32)
+      const uint32_t mantissa = static_cast<uint32_t>((step - 1) * (1 << 23) + 0.5);
+      bits[i] = 0x3F800000u + mantissa - (i << 18);
+    }
+  }
+};
+constexpr Exp2Steps kExp2Steps;
+
+// exp2_by for results that are rounded to bfloat16, relative error below 2e-7, from a table: while
+// tiles are multiplied only one of two units multiplies vectors (measured on Emerald Rapids), and
+// this leaves six instructions of twelve to it. 0 below the smallest normal number.
+inline Vec<float> exp2_by_table(Vec<float> x) {
+  const __m512 wide = (__m512)x;
+  const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
+  const Vec<float> rest = (Vec<float>)_mm512_reduce_ps(wide, 5 << 4);  // x without them
+  const __m512i step = _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits),
+                                                 (__m512i)shifted,
+                                                 _mm512_load_si512(kExp2Steps.bits + 16));
+  const __mmask16 normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const Vec<float> power = (Vec<float>)_mm512_maskz_add_epi32(
+      normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
+  return power * rest * (rest * 0.24022651f + 0.69315734f) + power;
+}
+#endif
+
 // exp2 as accurate as what is made of it.
 template <typename Element>
 inline Vec<typename PackedOf<Element>::Real> exp2_for(Vec<typename PackedOf<Element>::Real> x) {
   if constexpr (kDepth<Element> == 1) {
     return exp2<Element>(x);
   } else {
+#ifdef ATTN_EXT_AMX_PRODUCTS
+    return exp2_by_table(x);
+#else
     return exp2_by<float>(x, Simd<float>::kShortExp2);
+#endif
   }
 }
 
@@ -420,6 +457,8 @@ Vec<float> multiply_add(BFloat16Pair a, Words b, Vec<float> sum);
 Words round_both(Vec<float> first, Vec<float> second);
 // What round_both gave, as pairs (first, second); or stored in two places.
 Words as_pairs(Words halves);
+// The pairs of two vectors of weights; what a NaN becomes does not matter, their sum tells of it.
+Words pairs_of_weights(Vec<float> first, Vec<float> second);
 void store_halves(BFloat16Pair* first, BFloat16Pair* second, Words halves);
 #pragma GCC diagnostic pop
 
@@ -441,5 +480,16 @@ inline Words as_pairs(Words halves) {
   Shorts order;  // 0, 16, 1, 17, ...
   for (int i = 0; i < 2 * kWordLanes; ++i) order[i] = static_cast<uint16_t>(i % 2 * 16 + i / 2);
   return (Words)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
+}
+inline Words pairs_of_weights(Vec<float> first, Vec<float> second) {
+#ifdef ATTN_EXT_AMX_PRODUCTS
+  // Ties away from 0: a third of the instructions, none of them where vectors are multiplied.
+  const __m512i high_halves = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
+  const __m512i low = (__m512i)(reinterpret_cast<Words>(first) + 0x8000);
+  const __m512i high = (__m512i)(reinterpret_cast<Words>(second) + 0x8000);
+  return (Words)_mm512_mask_shuffle_epi8(high, 0x3333333333333333u, low, high_halves);
+#else
+  return as_pairs(round_both(first, second));
+#endif
 }
 #endif

@@ -4,10 +4,14 @@
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
 
+#if defined(ATTN_EXT_AMX_BACKWARD)
 constexpr int64_t kKeys = 128;
-#ifdef ATTN_EXT_AMX_PRODUCTS
-constexpr int64_t kBlockVectors = 4;  // pairs of AMX's tiles
+constexpr int64_t kBlockVectors = 4;  // pairs of AMX's tiles: sums over rows take two at a time
+#elif defined(ATTN_EXT_AMX_PRODUCTS)
+constexpr int64_t kKeys = 64;  // two tiles of scores, which are worked on at a time, stay in L1
+constexpr int64_t kBlockVectors = 2;  // a pair of AMX's tiles
 #else
+constexpr int64_t kKeys = 128;
 constexpr int64_t kBlockVectors = 3;
 #endif
 template <typename Real>
@@ -299,6 +303,20 @@ const Element* as_summed_rows(const View& view, const RowBlock& rows, int64_t wi
   }
 }
 
+// Memory in whole cache lines, which loads of whole vectors and tiles don't straddle.
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <typename Item>
+using CacheLines = std::unique_ptr<Item[], Free>;
+template <typename Item>
+CacheLines<Item> allocate_lines(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(Item) + 63) / 64 * 64;
+  CacheLines<Item> memory(static_cast<Item*>(std::aligned_alloc(64, bytes)));
+  if (!memory && bytes > 0) throw std::bad_alloc();
+  return memory;
+}
+
 // Keys or values of every (batch, key head) as pack_pairs_by_column packs them, tile by tile, for
 // all query blocks that share them. Where one block alone reads them, it packs its own.
 template <typename T, typename Element>
@@ -309,7 +327,7 @@ class PackedColumns {
     if (kDepth<Element> == 1 || blocks_a_head * p.query_heads == p.key_heads) return;
     tiles_ = (length_ + kKeys - 1) / kKeys;
     count_ = p.batch * heads_ * tiles_;
-    memory_.reset(new Element[count_ * tile_size()]);
+    memory_ = allocate_lines<Element>(count_ * tile_size());
   }
 
   // Called by all threads of a team.
@@ -342,7 +360,7 @@ class PackedColumns {
 
   View view_;
   int64_t width_, heads_, length_, tiles_ = 0, count_ = 0;
-  std::unique_ptr<Element[]> memory_;
+  CacheLines<Element> memory_;
 };
 
 // Hands out pieces of one block of memory. Over null it only counts, so that the same code sizes
@@ -373,8 +391,7 @@ class PerThread {
     Arena counter(nullptr);
     Workspace measured(counter, sizes...);
     bytes_ = counter.used();
-    memory_.reset(static_cast<char*>(std::aligned_alloc(64, bytes_ * threads + 64)));
-    if (!memory_) throw std::bad_alloc();
+    memory_ = allocate_lines<char>(static_cast<int64_t>(bytes_) * threads + 64);
   }
   template <typename... Sizes>
   Workspace make(int thread, const Sizes&... sizes) const {
@@ -383,9 +400,6 @@ class PerThread {
   }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
   size_t bytes_ = 0;
-  std::unique_ptr<char, Free> memory_;
+  CacheLines<char> memory_;
 };
