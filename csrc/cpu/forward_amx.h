@@ -5,8 +5,9 @@
 //     output += values of tile t - 2   |
 //     scores of tile t                 | softmax of tile t - 1
 // Scores and what they become, two tiles of them, the output and the queries stay in L1. The output
-// is rescaled only where a row's maximum has risen by a factor of 2^8, which is rare after the first
-// tile (as in FlashAttention-4).
+// is rescaled where a maximum has moved, however little: a row's largest weight is then 1, which
+// bfloat16 holds exactly. Letting maxima stay until they have risen by 2^8, as FlashAttention-4
+// does, was 5 % faster, and the error of peaked rows grew by a quarter.
 
 // One tile between its scores and the product with its values. Tiles take turns at two of these.
 template <typename Real, typename Element>
@@ -44,13 +45,11 @@ class SoftmaxInPieces {
 
  private:
   static constexpr int64_t kPiece = 4, kMaximumFirst = -1;
-  static constexpr Real kSlack = 8;  // weights of up to 2^8 are as exact as those below 1
 
   void begin_vector() {
     const Vec<Real> before = load(w_.max + lane_);
-    const Vec<Real> top = maximum_of_vector<Real>(tile_.keys, tile_.scores + lane_) * tile_.factor;
-    // A maximum that rises a little may stay where it was, NaN may not.
-    const Vec<Real> after = top <= before + kSlack ? before : simd_max<Real>(top, before);
+    const Vec<Real> top = maximum_of_vector<Real>(tile_.keys, tile_.scores + lane_);
+    const Vec<Real> after = simd_max<Real>(top * tile_.factor, before);
     softmax_ = RunningSoftmax<Real>(before, after, load(w_.sum + lane_));
     store<Real>(w_.max + lane_, after);
     store<Real>(tile_.scale + lane_, softmax_.scale);
