@@ -188,6 +188,8 @@ def test_the_module_contains_amx() -> None:
     # Of two by two tiles: B in registers 6 and 7, A in 4 and 5, and the four sums.
     products = re.findall(r"tdpbf16ps +%tmm(\d),%tmm(\d),%tmm(\d)", listing)
     assert {tuple("640"), tuple("741"), tuple("652"), tuple("753")} <= set(products)
+    # B of two by two tiles in 4 to 7, A in 3, and two sums.
+    assert {tuple("430"), tuple("531"), tuple("630"), tuple("731")} <= set(products)
 
 
 def guarded(values: torch.Tensor) -> tuple[torch.Tensor, object]:
