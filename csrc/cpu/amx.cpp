@@ -1,5 +1,5 @@
-// AVX-512 with bfloat16 products by the tiles of AMX: Sapphire Rapids and later. The backward pass is
-// in amx_backward.cpp.
+// AVX-512 with bfloat16 products by the tiles of AMX: Sapphire Rapids and later. The backward pass
+// is in amx_backward.cpp.
 #include "headers.h"
 
 #if defined(__x86_64__)

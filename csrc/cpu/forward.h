@@ -10,7 +10,8 @@
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
-// With AMX several tiles are under way at a time (forward_amx.h). Tested against backends/reference.py in tests/test_contract.py.
+// With AMX several tiles are under way at a time (forward_amx.h). Tested against
+// backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
 struct ForwardWorkspace {
@@ -85,8 +86,8 @@ inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real 
   total = sum;
 }
 
-// Turns scores into weights, times w.keep if kKeep; moves the running maximum and sum, and leaves in
-// w.scale what the output so far is to be multiplied with.
+// Turns scores into weights, times w.keep if kKeep; moves the running maximum and sum, and leaves
+// in w.scale what the output so far is to be multiplied with.
 template <bool kKeep, typename Real, typename Element>
 void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& rows, int64_t keys,
                     Real factor) {
@@ -177,8 +178,8 @@ struct Surroundings {
 #include "forward_amx.h"
 #endif
 
-// All tiles of a range, one after another; `careful` as in forward_tile. Returns whether any of them
-// has hidden pairs.
+// All tiles of a range, one after another; `careful` as in forward_tile. Returns whether any of
+// them has hidden pairs.
 template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
                   const PackedColumns<T, Element>& packed, Surroundings around,
@@ -208,10 +209,10 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
     std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
     std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
 #ifdef ATTN_EXT_AMX_PRODUCTS
-    const bool any_edge =
-        careful             ? tile_by_tile<T>(p, rows, range, careful, packed, around, w)
-        : p.dropout_p > 0 ? tiles_overlapped<T, true>(p, rows, range, packed, around, w)
-                            : tiles_overlapped<T, false>(p, rows, range, packed, around, w);
+    const bool any_edge = careful ? tile_by_tile<T>(p, rows, range, careful, packed, around, w)
+                          : p.dropout_p > 0
+                              ? tiles_overlapped<T, true>(p, rows, range, packed, around, w)
+                              : tiles_overlapped<T, false>(p, rows, range, packed, around, w);
 #else
     const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, around, w);
 #endif

@@ -19,8 +19,8 @@ struct TileUnderWay {
   Real factor = 0;
 };
 
-// The softmax of a tile in pieces: of a few keys for one vector of rows. Weights are multiplied with
-// w.keep if kKeep.
+// The softmax of a tile in pieces: of a few keys for one vector of rows. Weights are multiplied
+// with w.keep if kKeep.
 template <bool kKeep, typename Real, typename Element>
 class SoftmaxInPieces {
  public:

@@ -191,9 +191,9 @@ void find_maxima(const RowBlock& rows, int64_t keys, const Real* s, Real* top) {
   }
 }
 
-// What a tile's products lack to be scores in s[key][row], -inf where hidden. Returns the factor that
-// takes them to log2 units. `top`, if wanted: each row's largest product, which becomes its largest
-// score; `slope`: the softcap's derivative.
+// What a tile's products lack to be scores in s[key][row], -inf where hidden. Returns the factor
+// that takes them to log2 units. `top`, if wanted: each row's largest product, which becomes its
+// largest score; `slope`: the softcap's derivative.
 template <typename Real>
 Real finish_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
                    Real* s, Real* top = nullptr, Real* slope = nullptr) {

@@ -406,12 +406,12 @@ inline Vec<float> exp2_by_table(Vec<float> x) {
   const __m512 wide = (__m512)x;
   const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
   const Vec<float> rest = (Vec<float>)_mm512_reduce_ps(wide, 5 << 4);  // x without them
-  const __m512i step = _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits),
-                                                 (__m512i)shifted,
-                                                 _mm512_load_si512(kExp2Steps.bits + 16));
+  const __m512i step =
+      _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits), (__m512i)shifted,
+                                _mm512_load_si512(kExp2Steps.bits + 16));
   const __mmask16 normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const Vec<float> power = (Vec<float>)_mm512_maskz_add_epi32(
-      normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
+  const Vec<float> power =
+      (Vec<float>)_mm512_maskz_add_epi32(normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
   return power * rest * (rest * 0.24022651f + 0.69315734f) + power;
 }
 #endif
