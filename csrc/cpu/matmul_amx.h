@@ -18,6 +18,17 @@ inline __attribute__((always_inline)) void for_each_index(std::integer_sequence<
   (call(std::integral_constant<int, kIndex>{}), ...);
 }
 
+// What a sum that is to be stored at c starts from.
+template <int kTile>
+inline __attribute__((always_inline)) void begin_sum(const float* c, int64_t stride,
+                                                     bool accumulate) {
+  if (accumulate) {
+    load_tile<kTile>(c, stride);
+  } else {
+    zero_tile<kTile>();
+  }
+}
+
 // C (tall x wide tiles) = A B or C += A B, `depth` being that of whole tiles. The sums are in
 // registers 0 to 3, A's tiles in 4 and 5, B's in 6 and 7.
 template <int kTall, int kWide, typename Meanwhile>
@@ -29,13 +40,8 @@ inline __attribute__((always_inline)) void multiply_tiles(int64_t depth, const B
   const auto place = [&](int sum) {
     return into.c + sum / kWide * kTileSide * into.stride + sum % kWide * kTileSide;
   };
-  for_each_index(kSums, [&](auto sum) {
-    if (into.accumulate) {
-      load_tile<sum>(place(sum), into.stride);
-    } else {
-      zero_tile<sum>();
-    }
-  });
+  for_each_index(kSums,
+                 [&](auto sum) { begin_sum<sum>(place(sum), into.stride, into.accumulate); });
   for (int64_t k = 0; k < depth; k += kTileSide) {
     for_each_index(kSums, [&](auto sum) {
       constexpr int kRow = sum / kWide, kColumn = sum % kWide;
@@ -67,35 +73,24 @@ void multiply_by_four(int64_t rows, const BFloat16Pair* a, int64_t lda, const BF
   load_tile<5>(b + kTileSide, ldb);
   load_tile<6>(b + kTileSide * ldb, ldb);
   load_tile<7>(b + kTileSide * ldb + kTileSide, ldb);
-  const auto begin_sum = [&](auto sum, int64_t row) {
-    if (accumulate) {
-      load_tile<sum>(c + row * stride + sum * kTileSide, stride);
-    } else {
-      zero_tile<sum>();
-    }
-  };
-  const auto end_sum = [&](auto sum, int64_t row) {
-    store_tile<sum>(c + row * stride + sum * kTileSide, stride);
-  };
-  constexpr std::integral_constant<int, 0> kFirst;
-  constexpr std::integral_constant<int, 1> kSecond;
   for (int64_t row = 0; row < rows; row += kTileSide) {
-    begin_sum(kFirst, row);
+    float* sums = c + row * stride;
+    begin_sum<0>(sums, stride, accumulate);
     load_tile<3>(a + row * lda, lda);
     multiply_add_tiles<0, 3, 4>();
     meanwhile();
-    if (row > 0) end_sum(kSecond, row - kTileSide);
-    begin_sum(kSecond, row);
+    if (row > 0) store_tile<1>(sums - kTileSide * stride + kTileSide, stride);
+    begin_sum<1>(sums + kTileSide, stride, accumulate);
     multiply_add_tiles<1, 3, 5>();
     meanwhile();
     load_tile<3>(a + row * lda + kTileSide, lda);
     multiply_add_tiles<0, 3, 6>();
     meanwhile();
     multiply_add_tiles<1, 3, 7>();
-    end_sum(kFirst, row);
+    store_tile<0>(sums, stride);
     meanwhile();
   }
-  end_sum(kSecond, rows - kTileSide);
+  store_tile<1>(c + (rows - kTileSide) * stride + kTileSide, stride);
 }
 
 // `to` is not copied: read back in wider pieces than it was written in, the copy would have to wait
