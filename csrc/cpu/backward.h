@@ -255,9 +255,10 @@ void backward_block(const Problem& p, const BackwardArguments& to, const RowBloc
     if (kind != TileKind::kSkip) backward_tile<T>(p, to, block, kind, key, keys, packed, w);
   }
   T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first);
+  const int64_t stride = to.dquery.stride[2];
   const Real scale = static_cast<Real>(p.scale);
-  for_each_row(w.dqueries, p.head_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-    store_some<Real>(dquery + i * to.dquery.stride[2] + d, x * scale, count);
+  for_each_row(w.dqueries, p.head_dim, rows, [=](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+    store_some<Real>(dquery + i * stride + d, x * scale, count);
   });
   if (!to.dweights) return;
   for (int64_t i = 0; i < rows.count; ++i) {

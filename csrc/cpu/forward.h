@@ -232,9 +232,11 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
         std::isinf(max) ? max : static_cast<Real>(kLn2 * max + std::log(sum));
   }
   T* out = at<T>(to.out, rows.batch, rows.head, rows.first);
-  for_each_row(w.output, p.value_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-    store_some<Real>(out + i * to.out.stride[2] + d, x * inverse[i], count);
-  });
+  const int64_t stride = to.out.stride[2];
+  for_each_row(w.output, p.value_dim, rows,
+               [=, &inverse](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+                 store_some<Real>(out + i * stride + d, x * inverse[i], count);
+               });
 }
 
 // Adds another part's softmax and output to w's.

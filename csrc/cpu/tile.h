@@ -189,19 +189,24 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
                      Element* packed) {
   constexpr int64_t kW = kLanes<Real>;
   const int64_t elements = (width + kDepth<Element> - 1) / kDepth<Element>;
+  const int64_t stride = view.stride[2];
   for (int64_t first_row = 0; first_row < rows.vectors * kW; first_row += kW) {
+    const T* from = at<const T>(view, rows.batch, rows.head, rows.first + first_row);
+    const int64_t count = rows.count - first_row;
     for (int64_t first = 0; first < elements; first += kW) {
-      Vec<Real> block[kW];
-      for (int64_t i = 0; i < kW; ++i) {
-        const int64_t row = first_row + i;
-        block[i] = Vec<Real>{};
-        if (row >= rows.count) continue;
-        const T* from = at<const T>(view, rows.batch, rows.head, rows.first + row);
+      const auto row = [&](int64_t i) -> Vec<Real> {
         if constexpr (kDepth<Element> == 1) {
-          block[i] = load_some<Real>(from + first, width - first) * factor;
+          return load_some<Real>(from + i * stride + first, width - first) * factor;
         } else {
-          block[i] = load_pairs(from, first, width);
+          return load_pairs(from + i * stride, first, width);
         }
+      };
+      Vec<Real> block[kW];
+      if (count >= kW) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kW; ++i) block[i] = row(i);
+      } else {
+        for (int64_t i = 0; i < kW; ++i) block[i] = i < count ? row(i) : Vec<Real>{};
       }
       transpose<Real>(block);
       Real* to = reinterpret_cast<Real*>(packed) + first * kRows<Real> + first_row;
@@ -217,15 +222,23 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
 template <typename Real, typename Write>
 inline void for_each_row(const Real* block, int64_t width, const RowBlock& rows, Write write) {
   constexpr int64_t kW = kLanes<Real>;
+  const int64_t count = rows.count;
   for (int64_t d = 0; d < width; d += kW) {
-    for (int64_t first_row = 0; first_row < rows.count; first_row += kW) {
+    const int64_t columns = std::min(kW, width - d);
+    for (int64_t first_row = 0; first_row < count; first_row += kW) {
+      const Real* from = block + d * kRows<Real> + first_row;
       Vec<Real> square[kW];
-      for (int64_t i = 0; i < kW; ++i) {
-        square[i] = d + i < width ? load(block + (d + i) * kRows<Real> + first_row) : Vec<Real>{};
+      if (columns == kW) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kW; ++i) square[i] = load(from + i * kRows<Real>);
+      } else {
+        for (int64_t i = 0; i < kW; ++i) {
+          square[i] = i < columns ? load(from + i * kRows<Real>) : Vec<Real>{};
+        }
       }
       transpose<Real>(square);
-      for (int64_t i = 0; i < std::min(kW, rows.count - first_row); ++i) {
-        write(first_row + i, d, square[i], std::min(kW, width - d));
+      for (int64_t i = 0; i < std::min(kW, count - first_row); ++i) {
+        write(first_row + i, d, square[i], columns);
       }
     }
   }
