@@ -169,8 +169,8 @@ struct Surroundings {
 
   void ask() {
     constexpr int64_t kLinesATile = 64;
-    out.ask<true>(kLinesATile);
-    queries.ask<false>(kLinesATile);
+    out.ask<Purpose::kToWrite>(kLinesATile);
+    queries.ask<Purpose::kToRead>(kLinesATile);
   }
 };
 
@@ -289,8 +289,8 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
       const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
-      const Surroundings around{Upcoming::of<T>(to.out, rows, p.value_dim),
-                                Upcoming::of<T>(p.query, next, p.head_dim)};
+      const Surroundings around{upcoming_rows<T>(to.out, rows, p.value_dim),
+                                upcoming_rows<T>(p.query, next, p.head_dim)};
       forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, around, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }

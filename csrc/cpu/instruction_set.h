@@ -12,6 +12,8 @@ namespace {
 //
 #include "amx.h"
 //
+#include "upcoming.h"
+//
 #include "matmul.h"
 //
 #ifdef ATTN_EXT_AMX_PRODUCTS

@@ -14,7 +14,8 @@ constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
-// `top` is given it becomes the maximum of itself and each column of C.
+// `top` is given it becomes the maximum of itself and each column of C. If `next` is given some
+// lines of it are asked for after each register tile.
 template <typename Real>
 struct Into {
   Real* c;
@@ -22,10 +23,11 @@ struct Into {
   bool accumulate = false;
   const Real* scale = nullptr;
   Real* top = nullptr;
+  Upcoming* next = nullptr;
 
   Into at(int64_t row, int64_t column) const {
-    return {c + row * stride + column, stride, accumulate, scale ? scale + column : nullptr,
-            top ? top + column : nullptr};
+    return {c + row * stride + column,    stride, accumulate, scale ? scale + column : nullptr,
+            top ? top + column : nullptr, next};
   }
 };
 
@@ -65,6 +67,8 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       store<Real>(into.top + n * kW, top);
     }
   }
+  constexpr int64_t kLinesATile = 24;
+  if (into.next) into.next->template ask<Purpose::kToRead>(kLinesATile);
 }
 
 // All rows of one column of tiles: as many tiles of MR rows as fit, the rest by halves.

@@ -64,13 +64,22 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
       continue;
     }
     for (int64_t first = 0; first < rows.count; first += kW) {
+      const int64_t stride = mask.stride[2], row_count = std::min(kW, rows.count - first);
+      const T* row = from + first * stride;
       Vec<Real> square[kW];
+      if (row_count == kW && count == kW && column == 1) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kW; ++i) square[i] = mask_entries<Real>(row + i * stride, 1, kW);
+        transpose<Real>(square);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kW; ++j) {
+          add_entry(factor, square[j], block + j * kRows<Real> + first);
+        }
+        continue;
+      }
       for (int64_t i = 0; i < kW; ++i) {
-        square[i] = Vec<Real>{};
-        if (first + i >= rows.count) continue;
-        const T* row = from + (first + i) * mask.stride[2];
-        square[i] = mask_entries<Real>(row, column, count);
-        __builtin_prefetch(row + kKeys * column);  // the next tile's: too far apart to be guessed
+        square[i] =
+            i < row_count ? mask_entries<Real>(row + i * stride, column, count) : Vec<Real>{};
       }
       transpose<Real>(square);
       for (int64_t j = 0; j < count; ++j) {
@@ -228,14 +237,27 @@ int64_t score_depth(const Problem& p) {
   return (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
 }
 
+// The next tile's entries of a mask, whose rows are too far apart for the processor to guess.
+template <typename Real>
+Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key) {
+  const int64_t width = std::min(kKeys, p.key_length - key);
+  if (!p.mask || p.mask.stride[2] == 0 || p.mask.stride[3] != 1 || width <= 0) return {};
+  Upcoming next;
+  with_mask_type<Real>(p.mask.dtype, [&](auto type) {
+    next = upcoming_rows<decltype(type)>(p.mask, rows, width, key);
+  });
+  return next;
+}
+
 // Scores of one tile, as finish_scores leaves them; `top`: each row's largest score, if wanted.
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
                     Real* s, Real* top = nullptr, Real* slope = nullptr) {
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
+  Upcoming next = next_entries<Real>(p, rows, key + keys);
   multiply<false>(keys, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
-                  Into<Real>{s, kRows<Real>, false, nullptr, top});
+                  Into<Real>{s, kRows<Real>, false, nullptr, top, &next});
   return finish_scores(p, rows, kind, key, keys, s, top, slope);
 }
 

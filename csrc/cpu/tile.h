@@ -60,34 +60,13 @@ struct RowBlock {
   }
 };
 
-// Rows that are read or written before long: asked for a few cache lines at a time while something
-// else is computed, so that the latency of memory does not show.
-class Upcoming {
- public:
-  template <typename T>
-  static Upcoming of(const View& view, const RowBlock& rows, int64_t width) {
-    constexpr int64_t kSize = sizeof(T);
-    Upcoming upcoming;
-    upcoming.row_ =
-        reinterpret_cast<const char*>(at<const T>(view, rows.batch, rows.head, rows.first));
-    upcoming.stride_ = view.stride[2] * kSize, upcoming.bytes_ = width * kSize;
-    upcoming.rows_ = rows.count;
-    return upcoming;
-  }
-
-  template <bool kToWrite>
-  void ask(int64_t lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(row_ + offset_, kToWrite, 3);
-      offset_ += 64;
-      if (offset_ >= bytes_) offset_ = 0, row_ += stride_, --rows_;
-    }
-  }
-
- private:
-  const char* row_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, offset_ = 0;
-};
+// Rows of a view that are read or written before long, see Upcoming.
+template <typename T>
+Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, int64_t column = 0) {
+  constexpr int64_t kSize = sizeof(T);
+  return {at<const T>(view, rows.batch, rows.head, rows.first, column), view.stride[2] * kSize,
+          width * kSize, rows.count};
+}
 
 // Keys [first, end) that any of the rows may see by position; first is a multiple of kKeys.
 struct KeyRange {
