@@ -302,13 +302,20 @@ inline Vec<float> load_as(const Float16* p) {
 #endif
 }
 
-// One byte a lane, as integers.
+// One byte a lane, as integers. Widened step by step: GCC 12 would convert lane by lane.
+template <typename Integer, int kCount>
+struct IntegersOf {
+  typedef Integer Type __attribute__((vector_size(sizeof(Integer) * kCount)));
+};
 template <typename Real>
 inline typename VecOf<Real>::IntType load_bytes(const uint8_t* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<Real>)));
+  using Bytes = typename IntegersOf<uint8_t, kLanes<Real>>::Type;
+  using Shorts = typename IntegersOf<uint16_t, kLanes<Real>>::Type;
+  using Longs = typename IntegersOf<uint32_t, kLanes<Real>>::Type;
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, typename VecOf<Real>::IntType);
+  const Longs longs = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Longs);
+  return __builtin_convertvector(longs, typename VecOf<Real>::IntType);
 }
 
 inline void store_as(float* p, Vec<float> x) { store<float>(p, x); }

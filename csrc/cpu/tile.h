@@ -89,19 +89,24 @@ struct KeyRange {
 
 enum class TileKind { kSkip, kFull, kEdge };
 
-// What the bool mask says of a tile: one look at each of its bytes.
+// What the bool mask says of a tile: one look at each of its bytes, which are 0 or 1.
 inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
   const View& mask = p.mask;
-  const int64_t count = mask.stride[2] == 0 ? 1 : rows.count;
+  const int64_t count = mask.stride[2] == 0 ? 1 : rows.count, column = mask.stride[3];
+  Words any_of_many{}, all_of_many = Words{} + 0x01010101u;
   uint8_t any = 0, all = 1;
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* row = at<const uint8_t>(mask, rows.batch, rows.head, rows.first + i, key);
-    if (mask.stride[3] == 1) {
-      for (int64_t j = 0; j < keys; ++j) any |= row[j], all &= row[j];
-    } else {
-      for (int64_t j = 0; j < keys; ++j)
-        any |= row[j * mask.stride[3]], all &= row[j * mask.stride[3]];
+    int64_t j = 0;
+    for (; column == 1 && j + kVectorBytes <= keys; j += kVectorBytes) {
+      Words many;
+      std::memcpy(&many, row + j, sizeof(many));
+      any_of_many |= many, all_of_many &= many;
     }
+    for (; j < keys; ++j) any |= row[j * column], all &= row[j * column];
+  }
+  for (int lane = 0; lane < kWordLanes; ++lane) {
+    any |= any_of_many[lane] != 0, all &= all_of_many[lane] == 0x01010101u;
   }
   return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
 }
