@@ -24,7 +24,8 @@ inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
     if (stride == 1) return load_some<Real>(from, count) * Real(kLog2E);
   } else {
     const Vec<Real> hidden = broadcast(-kInfinity<Real>);
-    if (stride == 1 && count == kLanes<Real>) return load_bytes<Real>(from) != 0 ? entries : hidden;
+    if (stride == 1 && count == kLanes<Real>)
+      return widen<Real>(load_bytes<Real>(from)) != 0 ? entries : hidden;
   }
   for (int64_t j = 0; j < count; ++j) {
     if constexpr (kBool) {
@@ -41,6 +42,22 @@ template <typename Real>
 inline void add_entry(Real factor, Vec<Real> entry, Real* score) {
   const Vec<Real> sum = load(score) * factor + entry;
   store<Real>(score, entry == -kInfinity<Real> ? entry : sum);
+}
+
+// The same for a square of a bool mask, which is transposed while its entries are bytes.
+template <typename Real>
+void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s) {
+  constexpr int64_t kW = kLanes<Real>;
+  const Vec<Real> hidden = broadcast(-kInfinity<Real>);
+  Bytes<Real> square[kW];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kW; ++i) square[i] = load_bytes<Real>(mask + i * stride);
+  transpose_square<kW>(square);
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kW; ++j) {
+    Real* score = s + j * kRows<Real>;
+    store<Real>(score, widen<Real>(square[j]) != 0 ? load(score) * factor : hidden);
+  }
 }
 
 // s = factor * s + mask for every row; a mask with row stride 0 is one entry a key.
@@ -66,8 +83,15 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
     for (int64_t first = 0; first < rows.count; first += kW) {
       const int64_t stride = mask.stride[2], row_count = std::min(kW, rows.count - first);
       const T* row = from + first * stride;
+      const bool whole = row_count == kW && count == kW && column == 1;
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        if (whole) {
+          hide_square(row, stride, factor, block + first);
+          continue;
+        }
+      }
       Vec<Real> square[kW];
-      if (row_count == kW && count == kW && column == 1) {
+      if (whole) {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kW; ++i) square[i] = mask_entries<Real>(row + i * stride, 1, kW);
         transpose<Real>(square);

@@ -302,18 +302,23 @@ inline Vec<float> load_as(const Float16* p) {
 #endif
 }
 
-// One byte a lane, as integers. Widened step by step: GCC 12 would convert lane by lane.
+// One byte a lane, and as integers: widened step by step, GCC 12 would convert lane by lane.
 template <typename Integer, int kCount>
 struct IntegersOf {
   typedef Integer Type __attribute__((vector_size(sizeof(Integer) * kCount)));
 };
 template <typename Real>
-inline typename VecOf<Real>::IntType load_bytes(const uint8_t* p) {
-  using Bytes = typename IntegersOf<uint8_t, kLanes<Real>>::Type;
+using Bytes = typename IntegersOf<uint8_t, kLanes<Real>>::Type;
+template <typename Real>
+inline Bytes<Real> load_bytes(const uint8_t* p) {
+  Bytes<Real> bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+template <typename Real>
+inline typename VecOf<Real>::IntType widen(Bytes<Real> bytes) {
   using Shorts = typename IntegersOf<uint16_t, kLanes<Real>>::Type;
   using Longs = typename IntegersOf<uint32_t, kLanes<Real>>::Type;
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof(bytes));
   const Longs longs = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Longs);
   return __builtin_convertvector(longs, typename VecOf<Real>::IntType);
 }
@@ -395,22 +400,25 @@ inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
 
 // Of rows[i], lane j becomes lane i of rows[j]. Each round pairs row i with row i + n / 2 and
 // interleaves their lanes, which rotates one bit of the index (row, lane) from row to lane.
-template <typename Real>
-inline __attribute__((always_inline)) void transpose(Vec<Real>* rows) {
-  constexpr int kW = kLanes<Real>;
+template <int kW, typename V>
+inline __attribute__((always_inline)) void transpose_square(V* rows) {
   constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
 #pragma GCC unroll 4
   for (int round = 1; round < kW; round *= 2) {
-    Vec<Real> next[kW];
+    V next[kW];
 #pragma GCC unroll 16
     for (int i = 0; i < kW / 2; ++i) {
-      const Vec<Real> a = rows[i], b = rows[i + kW / 2];
-      next[2 * i] = interleave<Vec<Real>, kW, false>(a, b, kLaneNumbers);
-      next[2 * i + 1] = interleave<Vec<Real>, kW, true>(a, b, kLaneNumbers);
+      const V a = rows[i], b = rows[i + kW / 2];
+      next[2 * i] = interleave<V, kW, false>(a, b, kLaneNumbers);
+      next[2 * i + 1] = interleave<V, kW, true>(a, b, kLaneNumbers);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kW; ++i) rows[i] = next[i];
   }
+}
+template <typename Real>
+inline __attribute__((always_inline)) void transpose(Vec<Real>* rows) {
+  transpose_square<kLanes<Real>>(rows);
 }
 
 // Of rows[i], the sum of all lanes becomes lane i of the result.
