@@ -9,6 +9,7 @@
 
 constexpr int64_t kDecodeRows = 8;
 constexpr int64_t kDecodeKeys = 512;  // fewer lie in a cache anyway
+constexpr int kLinesARow = 8;  // that memory delivers during a row's softmax, which reads none
 
 // Not where weights are recomputed from LSE, since that is done in forward.h's order of summation.
 inline bool suits_decode(const Problem& p, const ForwardArguments& to) {
@@ -196,13 +197,15 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
         factor = finish_scores(p, rows, r, key, keys, w.scores + r * kKeys, &any_hidden);
       }
       if (careful) std::copy(w.scores, w.scores + count * kKeys, visible);
+      const T* next = key + kKeys < range.end ? k + kKeys * k_stride : after;
+      const Stream<T> values{v, v_stride, keys, p.value_dim, next, k_stride};
+      ReadAhead<T> ahead(values);
       for (int64_t r = 0; r < count; ++r) {
         update_row(r, keys, value_width, factor, w.scores + r * kKeys, part);
+        ahead.template ask<kLinesARow>();
       }
       if (!careful) {
-        const T* next = key + kKeys < range.end ? k + kKeys * k_stride : after;
-        add_values<kShared>(Stream<T>{v, v_stride, keys, p.value_dim, next, k_stride}, count,
-                            w.scores, part.output);
+        add_values<kShared>(values, &ahead, count, w.scores, part.output);
         continue;
       }
       for (int64_t r = 0; r < count; ++r) {

@@ -41,7 +41,7 @@ class ReadAhead {
   }
 
  private:
-  static constexpr int64_t kBytesAhead = 8192;
+  static constexpr int64_t kBytesAhead = 5120;
 
   void enter_next(int64_t row) {
     stride_ = next_stride_, row_ = next_ + row * stride_;
@@ -213,17 +213,17 @@ inline __attribute__((always_inline)) void add_columns_from(int64_t d, const Str
 
 // output[r] += sum over keys of weights[r][key] v_key.
 template <int kShared, typename T, typename Real>
-void add_values(const Stream<T>& values, int64_t rows, const Real* weights, Real* output) {
+void add_values(const Stream<T>& values, ReadAhead<T>* ahead, int64_t rows, const Real* weights,
+                Real* output) {
   constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // half of the registers
   constexpr int kPlaces = kColumns<T, Real> / kLanes<Real>;
   constexpr int kVectors = std::clamp(kSums / kShared, kPlaces, 8);
   constexpr int64_t kAtOnce = 16;  // values of few columns at a time, while they are in L1
   const int64_t stride = place_count<T, Real>(values.width);
-  ReadAhead<T> ahead(values);
   for (int64_t first = 0; first < values.count; first += kAtOnce) {
     const int64_t end = std::min(first + kAtOnce, values.count);
     for (int64_t r = 0; r < rows; r += kShared) {
-      add_columns_from<kShared, kVectors>(0, values, first, end, r == 0 ? &ahead : nullptr,
+      add_columns_from<kShared, kVectors>(0, values, first, end, r == 0 ? ahead : nullptr,
                                           weights + r * kKeys, output + r * stride);
     }
   }
