@@ -1,6 +1,6 @@
 """What the CPU kernels are held to: every row of work, what it is compared with, and its targets.
 
-Sizess are (B, H, L, D) for attention and (B, L, E, H) for modules. Nothing runs here: a row
+Sizes are (B, H, L, D) for attention and (B, L, E, H) for modules. Nothing runs here: a row
 prepares its tensors when bench/cpu.py measures it.
 """
 

@@ -2,7 +2,7 @@
 //
 // These are the limits that `attn-ext bench` and bench/cpu.py hold the kernels against; peak.py
 // compiles and loads this file. Every function runs on `threads` OpenMP threads and returns a rate:
-// floating- point operations or bytes a second, or 0 where the processor lacks the instructions.
+// floating-point operations or bytes a second, or 0 where the processor lacks the instructions.
 #include <omp.h>
 
 #include <cstdint>
