@@ -169,8 +169,8 @@ struct Surroundings {
 
   void ask() {
     constexpr int64_t kLinesATile = 64;
-    out.ask<Purpose::kToWrite>(kLinesATile);
-    queries.ask<Purpose::kToRead>(kLinesATile);
+    out.ask<true>(kLinesATile);
+    queries.ask<false>(kLinesATile);
   }
 };
 

@@ -110,8 +110,11 @@ bool tiles_overlapped(const Problem& p, const RowBlock& rows, const KeyRange& ra
     int64_t stride;
     const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
                                    p.key.stride[2], tile.keys, p.head_dim, false, w.keys, &stride);
+    Upcoming next = next_entries<Real>(p, rows, key + tile.keys);
+    Into<Real> scores{tile.scores, kRows<Real>};
+    scores.next = &next;
     multiply<false>(tile.keys, rows.vectors, score_depth<Element>(p), k, stride, w.queries,
-                    kRows<Real>, Into<Real>{tile.scores, kRows<Real>}, meanwhile);
+                    kRows<Real>, scores, meanwhile);
     tile.factor = finish_scores<Real>(p, rows, kind, key, tile.keys, tile.scores);
   };
   NothingMeanwhile nothing;

@@ -12,6 +12,7 @@ constexpr int kTileRows[5] = {0, 16, 8, 8, 6};  // by NR; 32 registers
 #else
 constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
+constexpr int64_t kLinesAsked = 24;  // of what is read next, after each tile
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
 // `top` is given it becomes the maximum of itself and each column of C. If `next` is given some
@@ -67,8 +68,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       store<Real>(into.top + n * kW, top);
     }
   }
-  constexpr int64_t kLinesATile = 24;
-  if (into.next) into.next->template ask<Purpose::kToRead>(kLinesATile);
+  if (into.next) into.next->template ask<false>(kLinesAsked);
 }
 
 // All rows of one column of tiles: as many tiles of MR rows as fit, the rest by halves.

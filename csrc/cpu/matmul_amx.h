@@ -100,6 +100,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
               const BFloat16Pair* b, int64_t ldb, const Into<float>& to, Meanwhile& meanwhile) {
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   const auto by_vectors = multiply<false, BFloat16Pair, float>;
+  if (to.next) to.next->ask<false>(std::numeric_limits<int64_t>::max());  // not spread here
   const int64_t tile_depth = depth / kTileSide * kTileSide;
   const int64_t tile_rows = tile_depth > 0 ? rows / kTileSide * kTileSide : 0;
   if (tile_rows < rows) {

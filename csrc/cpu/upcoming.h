@@ -2,8 +2,6 @@
 // else is computed, so that the latency of memory does not show. A core waits for about two dozen
 // lines at most, and stalls if it is to ask for more at once.
 
-enum class Purpose { kToRead, kToReadOnce, kToWrite };
-
 class Upcoming {
  public:
   Upcoming() = default;
@@ -11,12 +9,10 @@ class Upcoming {
   Upcoming(const void* first, int64_t stride, int64_t bytes, int64_t count)
       : row_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(count) {}
 
-  template <Purpose kPurpose>
+  template <bool kToWrite>
   void ask(int64_t lines) {
     for (; lines > 0 && rows_ > 0; --lines) {
-      // What is read once is not worth a place in L1.
-      __builtin_prefetch(row_ + offset_, kPurpose == Purpose::kToWrite,
-                         kPurpose == Purpose::kToReadOnce ? 2 : 3);
+      __builtin_prefetch(row_ + offset_, kToWrite, 3);
       offset_ += 64;
       if (offset_ >= bytes_) offset_ = 0, row_ += stride_, --rows_;
     }
