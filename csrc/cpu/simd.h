@@ -144,8 +144,8 @@ struct Exp2Sixteenths {
 constexpr Exp2Sixteenths kExp2Sixteenths;
 
 // exp2 of any x from a table: relative error below 2e-9 plus rounding, 0 below the smallest normal
-// number, inf where it overflows. Of 13 instructions only five multiply: on Zen 5 those that don't
-// have units of their own, beside the two that matrix products fill.
+// number, inf where it overflows. Of thirteen instructions five multiply: on Zen 5 the others have
+// units of their own, beside the two that matrix products fill.
 inline Vec<float> exp2_by_sixteenths(Vec<float> x) {
   const __m512 wide = (__m512)x;
   const __m512 f = _mm512_reduce_ps(wide, 4 << 4);      // x less the nearest sixteenth
@@ -472,9 +472,9 @@ struct Exp2Steps {
 };
 constexpr Exp2Steps kExp2Steps;
 
-// exp2_by for results that are rounded to bfloat16, relative error below 2e-7, from a table: while
-// tiles are multiplied only one of two units multiplies vectors (measured on Emerald Rapids), and
-// this leaves six instructions of twelve to it. 0 below the smallest normal number.
+// The same for results that are rounded to bfloat16, with a relative error below 2e-7: four of
+// twelve instructions multiply. While AMX multiplies tiles only one of two units works on vectors
+// (measured on Emerald Rapids), and this leaves six instructions to it.
 inline Vec<float> exp2_by_table(Vec<float> x) {
   const __m512 wide = (__m512)x;
   const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
