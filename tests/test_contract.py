@@ -330,6 +330,17 @@ def test_weights_are_the_ones_used(average: bool, backend: str) -> None:
         torch.testing.assert_close(weights @ value, out, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lse", [-100.0, -20.0, 0.0, 20.0, 100.0])
+def test_weights_from_any_lse(lse: float, backend: str) -> None:
+    """exp(s - lse) also where that is no softmax: inf where it overflows, 0 where it vanishes."""
+    query, key = torch.randn(1, 2, 33, 8), torch.randn(1, 2, 20, 8)
+    weights = attn_ext.attention_weights(
+        query, key, lse=torch.full((1, 2, 33), lse), average=False, backend=backend
+    )
+    scores = query.double() @ key.double().transpose(2, 3) / 8**0.5
+    torch.testing.assert_close(weights, (scores - lse).exp().float(), atol=1e-37, rtol=1e-4)
+
+
 def test_backward_is_deterministic(backend: str) -> None:
     case = next(case for case in CASES if case.name == "everything")
     inputs = make_inputs(case, torch.float32)
