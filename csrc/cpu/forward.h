@@ -127,10 +127,11 @@ void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, i
   }
 }
 
-// One tile: scores, softmax, product with the values.
+// One tile: scores, softmax, product with the values. There is no output yet if it is the `first`
+// one, and without care none is read.
 template <typename T, typename Real, typename Element>
 void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
-                  bool careful, const PackedColumns<T, Element>& packed,
+                  bool first, bool careful, const PackedColumns<T, Element>& packed,
                   const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
   const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
@@ -145,7 +146,7 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     update_softmax<false>(w, rows, keys, factor);
   }
 
-  const Into<Real> output{w.output, kRows<Real>, false, w.scale};
+  const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
     // A product over nothing, which rescales the output.
@@ -174,6 +175,11 @@ struct Surroundings {
   }
 };
 
+template <typename Real, typename Element>
+void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
+  std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
+}
+
 #ifdef ATTN_EXT_AMX_PRODUCTS
 #include "forward_amx.h"
 #endif
@@ -184,15 +190,18 @@ template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
                   const PackedColumns<T, Element>& packed, Surroundings around,
                   const ForwardWorkspace<Real, Element>& w) {
-  bool any_edge = false;
+  bool any_edge = false, first = true;
+  if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = std::min(kKeys, range.end - key);
     const TileKind kind = classify(p, rows, key, keys);
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;
     around.ask();
-    forward_tile<T>(p, rows, kind, key, keys, careful, packed, w);
+    forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, w);
+    first = false;
   }
+  if (first) clear_output(p, w);
   return any_edge;
 }
 
@@ -207,7 +216,6 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
   for (bool careful : {false, true}) {
     std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
     std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
-    std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
 #ifdef ATTN_EXT_AMX_PRODUCTS
     const bool any_edge = careful ? tile_by_tile<T>(p, rows, range, careful, packed, around, w)
                           : p.dropout_p > 0

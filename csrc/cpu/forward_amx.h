@@ -118,6 +118,7 @@ bool tiles_overlapped(const Problem& p, const RowBlock& rows, const KeyRange& ra
     tile.factor = finish_scores<Real>(p, rows, kind, key, tile.keys, tile.scores);
   };
   NothingMeanwhile nothing;
+  clear_output(p, w);
   bool any_edge = false;
   int64_t count = 0;  // of tiles begun
   for (int64_t key = range.first; key < range.end; key += kKeys) {

@@ -380,6 +380,8 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
       low += some_as_doubles<0>(x, kLaneNumbers) * some_as_doubles<0>(y, kLaneNumbers);
       high += some_as_doubles<kHalf>(x, kLaneNumbers) * some_as_doubles<kHalf>(y, kLaneNumbers);
     }
+  } else {
+    for (; i + kHalf <= count; i += kHalf) low += load(a + i) * load(b + i);
   }
   low += high;
   double sum = 0;
