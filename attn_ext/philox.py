@@ -1,13 +1,20 @@
 """Dropout's random numbers in plain PyTorch, the same bits as csrc/philox.h.
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
-(SC'11). The generator is a function of a 128-bit counter and a 64-bit key, so a weight's random
-word depends on its place alone and on no block size, thread count or backend:
+(SC'11). The generator is a function of a 128-bit counter and a 64-bit key, so what becomes of a
+weight depends on its place alone and on no block size, thread count or backend. A call makes four
+words, and each of their 16 bytes decides about a weight; which ones share a call is chosen so that
+a lane of a tensor core holds them all. With absolute rows and columns:
 
     key     = (seed's low word, seed's high word)
-    counter = (column // 4, row, batch * Hq + head, offset)      word = column % 4
+    counter = (column // 32 * 4 + column % 8 // 2, row // 16 * 8 + row % 8,
+               batch * Hq + head, offset)
+    byte    = row % 16 // 8 * 8 + column % 32 // 8 * 2 + column % 2
 
-A weight is kept where its word is at least dropout_p * 2**32.
+A weight is dropped where its byte is below the call's threshold. dropout_p * 256 is hardly ever a
+whole number. So it is rounded at random, up or down by the exclusive or of the call's words, which
+knows nothing of any one of them: every weight is dropped with probability dropout_p, exact to
+2**-32. Weights of one call are independent but for that rounding, which all 16 share.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ _WORD = 0xFFFF_FFFF
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The smallest 32-bit word that keeps a weight."""
+    """dropout_p in units of 2**-32: a byte's threshold with 24 bits after the point."""
     return min(round(dropout_p * 2.0**32), _WORD)
 
 
@@ -67,15 +74,19 @@ def keep_mask(
     batch, heads, rows, columns = shape
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
-    row = (torch.arange(rows, device=device) + q_start) & _WORD
-    column = (torch.arange(columns, device=device) + k_start) & _WORD
-    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    row = ((torch.arange(rows, device=device) + q_start) & _WORD).view(1, 1, -1, 1)
+    column = ((torch.arange(columns, device=device) + k_start) & _WORD).view(1, 1, 1, -1)
     counter = (
-        (column // 4).view(1, 1, 1, -1),
-        row.view(1, 1, -1, 1),
-        head,
+        column // 32 * 4 + column % 8 // 2,
+        row // 16 * 8 + row % 8,
+        torch.arange(batch * heads, device=device).view(batch, heads, 1, 1),
         torch.full((1, 1, 1, 1), offset, device=device),
     )
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)), dim=-1)
-    choice = (column % 4).view(1, 1, 1, -1, 1).expand(batch, heads, rows, columns, 1)
-    return words.gather(-1, choice).squeeze(-1) >= dropout_threshold(dropout_p)
+    w0, w1, w2, w3 = philox(counter, seed)
+    threshold = dropout_threshold(dropout_p)
+    rounded_up = (w0 ^ w1 ^ w2 ^ w3) < (threshold << 8 & _WORD)
+    first_word = torch.where(column % 32 < 16, w0, w1)
+    second_word = torch.where(column % 32 < 16, w2, w3)
+    word = torch.where(row % 16 < 8, first_word, second_word)
+    byte = word >> (column % 16 // 8 * 16 + column % 2 * 8) & 0xFF
+    return byte >= (threshold >> 24) + rounded_up

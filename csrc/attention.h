@@ -43,7 +43,7 @@ struct Problem {
   int64_t right;                   // and after it
   int64_t query_start, key_start;  // absolute positions of row 0 and key 0, for dropout
   double dropout_p;
-  uint32_t dropout_threshold;  // a weight is kept where its random word is at least this
+  uint32_t dropout_threshold;  // dropout_p * 2^32, see philox.h
   uint32_t offset;
   uint32_t philox_keys[2 * 10];  // of the seed, see philox.h
   // What GPUs, whose double is slow, need in their loops.

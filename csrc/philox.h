@@ -1,8 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11), generic in the type of a 32-bit word.
-//
-// The key is the seed; the counter is (column / 4, row, batch * Hq + head, offset) and word column
-// % 4 decides about a weight, so every backend drops the same weights at any block size. The same
-// in Python: attn_ext/philox.py.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11), generic in the type of a 32-bit word, and what
+// dropout makes of it. The same in Python, with the reasons: attn_ext/philox.py.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +44,27 @@ ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], const PhiloxKeys& keys,
     counter[2] = high0 ^ counter[3] ^ keys[2 * round + 1];
     counter[3] = low0;
   }
+}
+
+// Which random byte decides about a weight: of the call whose counter starts with these two words.
+// A call serves rows r and r + 8, and of each columns c, c + 1, c + 8, c + 9, ... c + 25.
+struct RandomByte {
+  uint32_t column_word, row_word;
+  uint32_t index;
+
+  ATTN_EXT_HOST_DEVICE static RandomByte of(uint32_t row, uint32_t column) {
+    return {column / 32 * 4 + column % 8 / 2, row / 16 * 8 + row % 8,
+            row % 16 / 8 * 8 + column % 32 / 8 * 2 + column % 2};
+  }
+};
+constexpr uint32_t kRandomRows = 16, kRandomColumns = 32;  // where the pattern starts again
+
+// The least byte that keeps a weight, up to 256: the threshold, of 24 bits after the point, rounded
+// at random.
+ATTN_EXT_HOST_DEVICE inline uint32_t least_kept_byte(const uint32_t (&words)[4],
+                                                     uint32_t threshold) {
+  const uint32_t random = words[0] ^ words[1] ^ words[2] ^ words[3];
+  return (threshold >> 24) + (random < threshold << 8 ? 1 : 0);
 }
 
 }  // namespace attn_ext

@@ -285,30 +285,67 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
   return finish_scores(p, rows, kind, key, keys, s, top, slope);
 }
 
+// The random bytes of a block's rows for eight of 32 columns, and what they must reach; philox.h
+// has the pattern.
+template <typename Real>
+struct RandomRows {
+  static constexpr int64_t kOctet = 8, kMost = kRows<Real> + 2 * (kRandomRows + kWordLanes);
+  alignas(kVectorBytes) uint32_t words[2][kMost], least[kMost];  // of each row, from `aligned` on
+
+  // Of `count` rows from the absolute row `aligned` on, which kRandomRows divides.
+  void make(const Problem& p, uint32_t head, uint32_t aligned, int64_t count,
+            uint32_t column_word) {
+    constexpr int64_t kPart = std::min<int64_t>(kOctet, kWordLanes);
+    Words lane;
+    for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    const int64_t calls = (count + kRandomRows - 1) / kRandomRows * kOctet;
+    for (int64_t call = 0; call < calls; call += kWordLanes) {
+      Words random[4] = {Words{} + column_word, lane + (aligned / 2 + static_cast<uint32_t>(call)),
+                         Words{} + head, Words{} + p.offset};
+      philox(random, p.philox_keys, multiply_words);
+      const Words rounded_up = reinterpret_cast<Words>(
+          (random[0] ^ random[1] ^ random[2] ^ random[3]) < Words{} + (p.dropout_threshold << 8));
+      const Words bound = (p.dropout_threshold >> 24) - rounded_up;  // true is -1
+      for (int64_t part = 0; part < kWordLanes; part += kPart) {
+        const int64_t row = (call + part) / kOctet * kRandomRows + (call + part) % kOctet;
+        for (int64_t octet = 0; octet < 2; ++octet) {
+          const auto copy = [&](const Words& from, uint32_t* to) {
+            std::memcpy(to + row + kOctet * octet, reinterpret_cast<const uint32_t*>(&from) + part,
+                        kPart * sizeof(uint32_t));
+          };
+          copy(random[2 * octet], words[0]);
+          copy(random[2 * octet + 1], words[1]);
+          copy(bound, least);
+        }
+      }
+    }
+  }
+};
+
 // keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.
 template <typename Real>
 void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
                      Real* keep) {
-  constexpr int64_t kCount = (kRows<Real> + kWordLanes - 1) / kWordLanes;
   const Real factor = static_cast<Real>(1.0 / (1.0 - p.dropout_p));
   const uint32_t head = static_cast<uint32_t>(rows.batch * p.query_heads + rows.head);
   const uint32_t first_row = static_cast<uint32_t>(p.query_start + rows.first);
-  Words lane;
-  for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-  alignas(kVectorBytes) uint32_t words[4][kCount * kWordLanes];
-  for (int64_t j = 0; j < keys;) {
-    const uint32_t column = static_cast<uint32_t>(p.key_start + key + j);
-    for (int64_t v = 0; v < kCount; ++v) {
-      Words counter[4] = {Words{} + (column >> 2),
-                          lane + (first_row + static_cast<uint32_t>(v * kWordLanes)),
-                          Words{} + head, Words{} + p.offset};
-      philox(counter, p.philox_keys, multiply_words);
-      for (int w = 0; w < 4; ++w) std::memcpy(words[w] + v * kWordLanes, &counter[w], kVectorBytes);
-    }
-    for (uint32_t w = column & 3; w < 4 && j < keys; ++w, ++j) {
-      Real* row = keep + j * kRows<Real>;
-      for (int64_t i = 0; i < rows.vectors * kLanes<Real>; ++i) {
-        row[i] = words[w][i] >= p.dropout_threshold ? factor : Real(0);
+  const uint32_t first_column = static_cast<uint32_t>(p.key_start + key);
+  const int64_t above = first_row % kRandomRows, before = first_column % kRandomColumns;
+  const int64_t count = rows.vectors * kLanes<Real>;
+  RandomRows<Real> random;
+  for (int64_t start = -before; start < keys; start += kRandomColumns) {
+    for (int64_t pair = 0; pair < 8; pair += 2) {
+      const uint32_t column = first_column + static_cast<uint32_t>(start + pair);
+      random.make(p, head, first_row - above, above + count,
+                  RandomByte::of(first_row, column).column_word);
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t j = start + pair + i / 2 * 8 + i % 2;
+        if (j < 0 || j >= keys) continue;
+        const uint32_t *word = random.words[i / 4] + above, *least = random.least + above;
+        Real* row = keep + j * kRows<Real>;
+        for (int64_t r = 0; r < count; ++r) {
+          row[r] = (word[r] >> (i % 4 * 8) & 255) >= least[r] ? factor : Real(0);
+        }
       }
     }
   }
