@@ -55,7 +55,7 @@ class Launch:
 class Name:
     """A kernel's readable name, from its template's arguments.
 
-    `variant` is plain, general (any mask, dropout, ...) or empty, and what else tells instances
+    `variant` is plain, dropout, general (any mask, ...) or empty, and what else tells instances
     apart; `head_dim` is that of the tile, None where it makes no difference.
     """
 
@@ -74,6 +74,7 @@ class Name:
         rest = [x for x in arguments if x and x not in _DTYPES]
         head_dim = int(rest.pop(0)) if rest and rest[0].isdigit() else None
         words = {"false": "plain", "true": "general"}
+        words |= {"(Variant)0": "plain", "(Variant)1": "dropout", "(Variant)2": "general"}
         variant = " ".join(words.get(x, re.sub(r"\((\w+)\)", r"\1 ", x)) for x in rest)
         return cls(_OPERATIONS.get(match[1], match[1]), dtype, head_dim, variant)
 

@@ -59,12 +59,10 @@ struct RandomByte {
 };
 constexpr uint32_t kRandomRows = 16, kRandomColumns = 32;  // where the pattern starts again
 
-// The least byte that keeps a weight, up to 256: the threshold, of 24 bits after the point, rounded
-// at random.
-ATTN_EXT_HOST_DEVICE inline uint32_t least_kept_byte(const uint32_t (&words)[4],
-                                                     uint32_t threshold) {
-  const uint32_t random = words[0] ^ words[1] ^ words[2] ^ words[3];
-  return (threshold >> 24) + (random < threshold << 8 ? 1 : 0);
+// Whether a call's threshold is rounded up to the next byte; its first 8 bits are that byte.
+template <typename Word>
+ATTN_EXT_HOST_DEVICE inline auto rounds_up(const Word (&words)[4], uint32_t threshold) {
+  return (words[0] ^ words[1] ^ words[2] ^ words[3]) < Word{} + (threshold << 8);
 }
 
 }  // namespace attn_ext

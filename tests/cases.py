@@ -118,6 +118,7 @@ CASES = [
     Case("sinks_and_hidden_rows", lambda s: {"sinks": torch.randn(s.query_heads, dtype=torch.float64), "causal": "lower_right"}, TALL),
     Case("dropout", lambda s: {"dropout_p": 0.3, "seed": 7}),
     Case("dropout_shifted", lambda s: {"dropout_p": 0.6, "seed": 2**40, "offset": 3, "q_start": 5, "k_start": 6, "causal": True}, GROUPED),
+    Case("dropout_of_whole_tiles", lambda s: {"dropout_p": 0.5, "seed": 8, "q_start": 48, "k_start": 32, "causal": True}, Sizes(1, 4, 2, 150, 163, 64, 64)),
     Case("positions", lambda s: {"causal": True, "q_start": 30, "k_start": 10}),
     Case("positions_far_away", lambda s: {"causal": True, "q_start": 2**33, "k_start": 0}),
     Case("everything", _everything, GROUPED),

@@ -86,7 +86,14 @@ def test_case_in_float32(case: Case, backend: str) -> None:
         case
         for case in CASES
         if case.name.split("_wide")[0]
-        in {"plain", "everything", "head_dim_64", "float_mask", "rests_of_tiles"}
+        in {
+            "plain",
+            "everything",
+            "head_dim_64",
+            "float_mask",
+            "rests_of_tiles",
+            "dropout_of_whole_tiles",
+        }
     ],
     ids=lambda case: case.name,
 )
@@ -295,19 +302,29 @@ def test_rows_without_keys(backend: str) -> None:
     assert (weights[:, [3, 48, 96]] == 0).all()
 
 
-def test_dropout_is_the_same_everywhere(backend: str) -> None:
+@pytest.mark.parametrize("dropout_p", [0.4, 1e-3, 0.998])
+def test_dropout_is_the_same_everywhere(dropout_p: float, backend: str) -> None:
     """The very weights that the generator names are dropped, in both passes and at any cut."""
     from attn_ext.philox import keep_mask
 
     query, key = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 70, 8)
-    settings = {"dropout_p": 0.4, "seed": 12345, "offset": 9, "backend": backend}
+    settings = {"dropout_p": dropout_p, "seed": 12345, "offset": 9, "backend": backend}
     weights = attn_ext.attention_weights(query, key, average=False, **settings)
-    assert torch.equal(weights != 0, keep_mask((2, 3, 50, 70), 0.4, 12345, 9))
-    # The rows from 20 on and the keys from 30 on, cut out and placed by their absolute positions.
-    part = attn_ext.attention_weights(
-        query[:, :, 20:], key[:, :, 30:], average=False, q_start=20, k_start=30, **settings
-    )
-    assert torch.equal(part != 0, (weights != 0)[:, :, 20:, 30:])
+    kept = keep_mask((2, 3, 50, 70), dropout_p, 12345, 9)
+    assert torch.equal(weights != 0, kept)
+    # Rows and keys cut out and placed by their absolute positions: within tiles, and at their edges.
+    for row, column in ((20, 30), (16, 32), (5, 64), (32, 16)):
+        part = attn_ext.attention_weights(
+            query[:, :, row:], key[:, :, column:], average=False, q_start=row, k_start=column, **settings
+        )  # fmt: skip
+        assert torch.equal(part != 0, kept[:, :, row:, column:])
+    # With keys and values that pick out weights, the outputs are those weights.
+    value = torch.eye(70).expand(2, 3, 70, 70)
+    for row, column in ((0, 0), (16, 32), (3, 0)):
+        out = attn_ext.attention(
+            query[:, :, row:], key[:, :, column:], value[:, :, column:], q_start=row, k_start=column, **settings
+        )  # fmt: skip
+        assert torch.equal(out[..., column:] != 0, kept[:, :, row:, column:])
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -303,9 +303,8 @@ struct RandomRows {
       Words random[4] = {Words{} + column_word, lane + (aligned / 2 + static_cast<uint32_t>(call)),
                          Words{} + head, Words{} + p.offset};
       philox(random, p.philox_keys, multiply_words);
-      const Words rounded_up = reinterpret_cast<Words>(
-          (random[0] ^ random[1] ^ random[2] ^ random[3]) < Words{} + (p.dropout_threshold << 8));
-      const Words bound = (p.dropout_threshold >> 24) - rounded_up;  // true is -1
+      const Words up = reinterpret_cast<Words>(rounds_up(random, p.dropout_threshold));
+      const Words bound = (p.dropout_threshold >> 24) - up;  // true is -1
       for (int64_t part = 0; part < kWordLanes; part += kPart) {
         const int64_t row = (call + part) / kOctet * kRandomRows + (call + part) % kOctet;
         for (int64_t octet = 0; octet < 2; ++octet) {

@@ -5,11 +5,11 @@
 namespace attn_ext::cuda {
 namespace {
 
-template <typename Element, int kWidth, bool kGeneral>
+template <typename Element, int kWidth, Variant kVariant>
 void run(const Problem& p, const ForwardArguments& to, const Settings& settings) {
-  using Shape = ForwardShape<Element, kWidth, kGeneral>;
+  using Shape = ForwardShape<Element, kWidth, kVariant>;
   launch(settings, p.batch * p.query_heads * blocks_of(p.query_length, Shape::kRows),
-         Shape::kSharedBytes, run_forward<Element, kWidth, kGeneral>, p, to);
+         Shape::kSharedBytes, run_forward<Element, kWidth, kVariant>, p, to);
 }
 
 }  // namespace
@@ -18,10 +18,16 @@ void forward(const Problem& p, const ForwardArguments& to, const Settings& setti
   with_element(p, settings, [&](auto element) {
     with_width(p, [&](auto width) {
       using Element = decltype(element);
-      auto chosen = run<Element, width, true>;
+      auto chosen = run<Element, width, Variant::kGeneral>;
       if constexpr (kIsHalf<Element>) {
         if (is_plain<Element>(p, p.query, p.key, p.value, to.out)) {
-          chosen = run<Element, width, false>;
+          if (p.dropout_p == 0) {
+            chosen = run<Element, width, Variant::kPlain>;
+          } else if constexpr (ForwardShape<Element, width, Variant::kDropout>::kKeys %
+                                   kRandomColumns ==
+                               0) {
+            if (calls_are_aligned(p)) chosen = run<Element, width, Variant::kDropout>;
+          }
         }
       }
       chosen(p, to, settings);

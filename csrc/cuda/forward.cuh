@@ -8,12 +8,12 @@
 //     S = Q K^T;  m' = max(m, max S);  P = exp2(S - m');  O = O exp2(m - m') + P V
 // Tiles outside causality and the window are never visited; of the others, those at an edge go
 // first, through code that tests every pair. The general kernel does that for all tiles: masks,
-// softcap, ALiBi, dropout, and rows that don't lie on 16 bytes. A row whose output is not finite is
+// softcap, ALiBi, and rows that don't lie on 16 bytes. A row whose output is not finite is
 // done again by careful_row, since a hidden weight of 0 times NaN is NaN.
 // Tested against backends/reference.py in tests/test_contract.py, through tests/cuda_emulator.
 #pragma once
 
-#include "scores.cuh"
+#include "dropout.cuh"
 
 namespace attn_ext::cuda {
 
@@ -74,8 +74,13 @@ struct TileOrder {
   }
 };
 
-template <typename Element, int kWidth, bool kGeneral>
+// What a kernel is for: scores that are products and hidden by position alone, the same with
+// dropout, or anything.
+enum class Variant { kPlain, kDropout, kGeneral };
+
+template <typename Element, int kWidth, Variant kVariant>
 struct ForwardShape {
+  static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kWidest = kIsTuring<Element> ? 64 : 128;  // of two tiles of rows a warp
   static constexpr int kMTiles = kIsHalf<Element> && kWidth <= kWidest ? 2 : 1;
   static constexpr int kRows = 16 * kMTiles * kWarps;
@@ -89,10 +94,17 @@ struct ForwardShape {
   using Queries = Tile<Element, kRows, kWidth, 0>;
   using Keys = Tile<Element, kKeys, kWidth, Queries::kEnd>;
   using Values = Tile<Element, kKeys, kWidth, Keys::kEnd>;
-  // Beside so many scores, registers are too short for the tiles' order.
-  static constexpr bool kSharesOrder = kKeys == 128;
+  // What all threads know lies in shared memory where registers are short: beside so many scores,
+  // or the state of the generator.
+  struct Known {
+    TileOrder order;
+    int first_row;
+    uint32_t head_word;
+  };
+  static constexpr bool kDrops = kVariant == Variant::kDropout;
+  static constexpr bool kShares = kKeys == 128 || kDrops;
   static constexpr int kSharedBytes =
-      Values::kEnd + (kSharesOrder ? static_cast<int>(sizeof(TileOrder)) : 0);
+      Values::kEnd + (kShares ? static_cast<int>(sizeof(Known)) : 0);
 };
 
 // The query rows of a thread block, the last ones first: causality makes them long.
@@ -114,13 +126,12 @@ struct Softmax {
   float max[kMTiles][2], sum[kMTiles][2];
 };
 
-// Scores become weights. The output so far is rescaled, unless no row's maximum grew. `factor`
-// takes scores to units of log2.
-template <int kMTiles, int kNTiles, int kOutTiles>
-__device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
+// Scores become weights; `scale`: what the rows' output so far is to be multiplied by, where the
+// result says so. `factor` takes scores to units of log2.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ bool update_softmax(float factor, float (&s)[kMTiles][kNTiles][4],
                                                Softmax<kMTiles>& softmax,
-                                               float (&out)[kMTiles][kOutTiles][4]) {
-  float scale[kMTiles][2];
+                                               float (&scale)[kMTiles][2]) {
   bool grew = false;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
@@ -151,7 +162,12 @@ __device__ __forceinline__ void update_softmax(float factor, float (&s)[kMTiles]
       softmax.sum[m][half] = sum;
     }
   }
-  if (ballot(grew) == 0) return;
+  return ballot(grew) != 0;
+}
+
+template <int kMTiles, int kOutTiles>
+__device__ __forceinline__ void rescale(const float (&scale)[kMTiles][2],
+                                        float (&out)[kMTiles][kOutTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -212,11 +228,31 @@ __device__ __forceinline__ void finish_scores(const Problem& p, const Head& head
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void drop(const Problem& p, const Head& head, Place<false> place,
                                      float (&s)[kMTiles][kNTiles][4]) {
-  float keep[4 * kMTiles * kNTiles];
-  keep_factors<false, kMTiles, kNTiles>(p, head, place, keep);
+  if (!drops_weights(p)) return;
+  const auto keep = KeepFactors<false, kMTiles, kNTiles>::make(p, head, place);
 #pragma unroll
   for (int i = 0; i < 4 * kMTiles * kNTiles; ++i) {
-    s[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4] *= keep[i];
+    if (!keep.keeps(i)) s[i / (4 * kNTiles)][i / 4 % kNTiles][i % 4] = 0;
+  }
+}
+
+// The same of weights that are packed as operands of the product with values: a call serves two of
+// its steps. `first`: of the lane's first place.
+template <int kMTiles, int kSteps>
+__device__ __forceinline__ void drop_operands(const Problem& p, RandomByte first,
+                                              uint32_t head_word,
+                                              uint32_t (&a)[kMTiles][kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; step += 2) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      const auto random =
+          RandomBytes::make(p, first.column_word + 2 * step, first.row_word + 8 * m, head_word);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        a[m][step + i / 4][i % 4] &= random.mask(2 * (i % 2) + i / 4, i / 2 % 2 != 0);
+      }
+    }
   }
 }
 
@@ -248,7 +284,9 @@ __device__ __attribute__((noinline)) void careful_row(const Problem& p, const Fo
     const float scale = exp2(max - shift);
     float weight = exp2(score - shift);
     max = after, sum = sum * scale + weight;
-    if (drops_weights(p)) weight *= keep_factor(p, head, row, key);
+    if (drops_weights(p)) {
+      weight *= keeps_weight(p, head, row, key) ? p.single.dropout_factor : 0.0f;
+    }
     const Element* value = at<const Element>(p.value, head.batch, head.key_head, key);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -327,10 +365,13 @@ __device__ __forceinline__ void redo_rows(uint32_t rows, int first, int end, Red
 
 // Writes the rows of a warp. What it computes again of the block's place would else take registers
 // all through the loop.
-template <typename Element, int kWidth, bool kGeneral, int kMTiles, int kOutTiles>
+template <typename Element, Variant kVariant, int kMTiles, int kOutTiles>
 __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArguments& to,
                                             const Softmax<kMTiles>& softmax,
                                             const float (&out)[kMTiles][kOutTiles][4]) {
+  constexpr bool kGeneral = kVariant == Variant::kGeneral;
+  const float factor =
+      kVariant != Variant::kPlain && drops_weights(p) ? p.single.dropout_factor : 1.0f;
   const BlockOfRows block = BlockOfRows::make(p, 16 * kMTiles * kWarps, opaque(blockIdx.x));
   const Head& head = block.head;
   const int thread = static_cast<int>(thread_here()), g = thread % 32 / 4, t = thread % 4;
@@ -343,7 +384,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
       const float sum = sum_over_row(softmax.sum[m][half]);
       const int row = first_row + 16 * m + 8 * half + g;
       if (row >= length) continue;
-      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+      const float inverse = sum == 0 ? 0.0f : factor / sum;
       write_row(at<Element>(to.out, head.batch, head.head, row), static_cast<int>(p.value_dim),
                 half, inverse, out[m], !kGeneral);
       if (to.lse && t == 0) {
@@ -358,30 +399,36 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
 
 // How many blocks ptxas is to leave registers for, found by trying: 0 leaves it to itself, and is
 // what it spills nothing with in the other kernels.
-template <typename Element, bool kGeneral>
-constexpr int kForwardBlocks = kGeneral || kIsTuring<Element> ? 2 : 0;
+template <typename Element, Variant kVariant>
+constexpr int kForwardBlocks = kVariant == Variant::kGeneral || kIsTuring<Element> ? 2 : 0;
 
-template <typename Element, int kWidth, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
+template <typename Element, int kWidth, Variant kVariant>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kVariant>)
     run_forward(const __grid_constant__ Problem p, const __grid_constant__ ForwardArguments to) {
   if (!kAvailable<Element>) return;
-  using Shape = ForwardShape<Element, kWidth, kGeneral>;
+  using Shape = ForwardShape<Element, kWidth, kVariant>;
   using Queries = typename Shape::Queries;
   using Keys = typename Shape::Keys;
   using Values = typename Shape::Values;
+  constexpr bool kGeneral = Shape::kGeneral;
   constexpr int kMTiles = Shape::kMTiles, kKeys = Shape::kKeys, kOutTiles = kWidth / 8;
   constexpr int kSteps = kWidth / kDepth<Element>;
 
   const BlockOfRows block = BlockOfRows::make(p, Shape::kRows, blockIdx.x);
   const Head& head = block.head;
   const int first_row = block.first;
-  TileOrder own_order;
-  TileOrder& order =
-      Shape::kSharesOrder ? *reinterpret_cast<TileOrder*>(shared_pointer(Values::kEnd)) : own_order;
-  if (!Shape::kSharesOrder || threadIdx.x == 0) {
-    order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
+  typename Shape::Known own;
+  auto& known = Shape::kShares
+                    ? *reinterpret_cast<typename Shape::Known*>(shared_pointer(Values::kEnd))
+                    : own;
+  if (!Shape::kShares || threadIdx.x == 0) {
+    known.order = TileOrder::of_keys(p, first_row, block.last, kKeys, kGeneral);
+    if (Shape::kDrops) {
+      known.first_row = first_row, known.head_word = RandomBytes::head_word(p, head);
+    }
   }
-  if (Shape::kSharesOrder) synchronize_block();
+  if (Shape::kShares) synchronize_block();
+  const TileOrder& order = known.order;
 
   const auto queries =
       source_of<Queries, !kGeneral>(p.query, head.batch, head.head, p.query_length, p.head_dim);
@@ -413,6 +460,12 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
     }
   }
 
+  // A place from what is known, where that is better than a register.
+  const auto place_of = [&](uint32_t thread, int lane, int key) {
+    const int row = known.first_row + static_cast<int>(thread / 32) * 16 * kMTiles;
+    return Place<false>::of_lane(row, key, lane);
+  };
+
   using Scores = float[kMTiles][kKeys / 8][4];
   const auto visit = [&](int key, int next, auto edge) {
     Scores s = {};
@@ -420,25 +473,49 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Element, kGeneral>)
     synchronize_block();  // the keys are here, and nobody reads the values before any more
     values.here().template copy<!decltype(edge)::value>(key);
     commit_copies();
-    multiply_rows<Keys, kSteps>(s, lane_q.here(), lane_k.here(), Element{});
+    multiply_rows<Keys, kSteps>(s, lane_q.here(), Shape::kDrops ? lane_k : lane_k.here(),
+                                Element{});
     wait_for_copies<0>();
     synchronize_block();  // the values are here, and nobody reads the keys any more
     if (next >= 0) keys.here().template copy<!decltype(edge)::value>(next);
     commit_copies();
-    const auto place = Place<false>::of_lane(first_row + warp_row, key);
+    auto place = Place<false>::of_lane(first_row + warp_row, key);
+    if constexpr (Shape::kDrops) place = place_of(thread_here(), lane_index(), key);
     if constexpr (kGeneral) {
       finish_scores(p, head, place, s);
     } else if constexpr (decltype(edge)::value) {
       hide_by_position(p, place, s);
     }
-    update_softmax(factor, s, softmax, out);
-    if (kGeneral && drops_weights(p)) drop(p, head, place, s);
-    multiply_accumulators<Values>(out, s, lane_v.here(), Element{});
+    float scale[kMTiles][2];
+    const bool rescales = update_softmax(factor, s, softmax, scale);
+    if constexpr (kVariant == Variant::kDropout) {
+      const uint32_t thread = thread_here();
+      place = place_of(thread, static_cast<int>(thread % 32), key);
+      const RandomByte first = RandomBytes::place_of(p, place.row(0, 0, 0), place.key(0, 0, 0));
+      uint32_t a[kMTiles][kKeys / 16][4];
+#pragma unroll
+      for (int i = 0; i < kMTiles * kKeys / 16; ++i) {
+        accumulators_as_a<Element>(s[i % kMTiles], i / kMTiles, a[i % kMTiles][i / kMTiles]);
+      }
+      if (rescales) rescale(scale, out);
+      drop_operands(p, first, known.head_word, a);
+      multiply_operands<Values, kKeys / 16>(
+          out,
+          [&](int m, int step, uint32_t (&to)[4]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to[i] = a[m][step][i];
+          },
+          lane_v.here(), Element{});
+    } else {
+      if (rescales) rescale(scale, out);
+      if constexpr (kGeneral) drop(p, head, place, s);
+      multiply_accumulators<Values>(out, s, lane_v.here(), Element{});
+    }
   };
   order.for_each<kKeys, kGeneral>(visit);
 
   wait_for_copies<0>();
-  finish_rows<Element, kWidth, kGeneral>(p, to, softmax, out);
+  finish_rows<Element, kVariant>(p, to, softmax, out);
 }
 
 }  // namespace attn_ext::cuda

@@ -59,12 +59,12 @@ __device__ __forceinline__ PairGradient gradient_of_pair(const Problem& p,
 }
 
 // A tile of products becomes (dropped) weights, and dP becomes dS, where scores are simple.
-template <bool kTransposed, int kMTiles, int kNTiles, typename Rows>
+template <bool kTransposed, int kMTiles, int kNTiles, typename Rows, typename Keep>
 __device__ __forceinline__ void simple_gradients(const Problem& p, const Head& head,
                                                  Place<kTransposed> place,
                                                  float (&s)[kMTiles][kNTiles][4],
                                                  float (&dp)[kMTiles][kNTiles][4], Rows rows,
-                                                 const float* keep) {
+                                                 const Keep& keep) {
   float entries[2 * (kTransposed ? kMTiles : kNTiles)];
   key_entries<kTransposed, kTransposed ? kMTiles : kNTiles>(p, head, place, entries);
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ void simple_gradients(const Problem& p, const Head& h
           const bool hidden = (visible >> (2 * n + i) & 1) == 0 || entry == -kInfinity;
           float &score = s[m][n][2 * half + i], &gradient = dp[m][n][2 * half + i];
           const float weight = exp2(score * head.scale + entry - values.lse - values.rest);
-          const float factor = keep ? keep[4 * (m * kNTiles + n) + 2 * half + i] : 1.0f;
+          const float factor = keep[4 * (m * kNTiles + n) + 2 * half + i];
           gradient = hidden ? 0.0f : weight * (gradient * factor - values.term);
           score = hidden ? 0.0f : weight * factor;
         }
@@ -105,17 +105,14 @@ __device__ __forceinline__ void general_gradients(const Problem& p, const Backwa
                                                   float (&s)[kMTiles][kNTiles][4],
                                                   float (&dp)[kMTiles][kNTiles][4], Rows rows,
                                                   float (*row_sums)[2] = nullptr) {
-  float keep[4 * kMTiles * kNTiles];
-  const bool drops = drops_weights(p);
-  if (drops) keep_factors<kTransposed, kMTiles, kNTiles>(p, head, place, keep);
+  const auto keep = KeepFactors<kTransposed, kMTiles, kNTiles>::make(p, head, place);
   if (kWanted == Wanted::kProduct && is_simple(p) && !to.dweights) {
-    return simple_gradients(p, head, place, s, dp, rows, drops ? keep : nullptr);
+    return simple_gradients(p, head, place, s, dp, rows, keep);
   }
   Unrolled<kMTiles, kNTiles> weights(s), gradients(dp), of_scores(dp);
   for_each_place<kTransposed, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
-    const PairGradient pair =
-        gradient_of_pair(p, to, head, row, key, weights.items[index], gradients.items[index],
-                         drops ? keep[index] : 1.0f, rows(row));
+    const PairGradient pair = gradient_of_pair(p, to, head, row, key, weights.items[index],
+                                               gradients.items[index], keep[index], rows(row));
     weights.items[index] = pair.weight;
     of_scores.items[index] = pair.of_score;
     gradients.items[index] = kWanted == Wanted::kScore ? pair.of_score : pair.of_product;
@@ -192,7 +189,8 @@ __device__ inline PairGradient careful_pair(const Problem& p, const BackwardArgu
     dweight = dot_by_warp(at<const Element>(p.value, head.batch, head.key_head, key),
                           at<const Element>(to.dout, head.batch, head.head, row), p.value_dim);
   }
-  const float keep = drops_weights(p) ? keep_factor(p, head, row, key) : 1.0f;
+  const bool dropped = drops_weights(p) && !keeps_weight(p, head, row, key);
+  const float keep = dropped ? 0.0f : drops_weights(p) ? p.single.dropout_factor : 1.0f;
   return gradient_of_pair(p, to, head, row, key, product, dweight, keep, values);
 }
 

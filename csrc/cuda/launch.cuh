@@ -86,12 +86,12 @@ void with_width(const Problem& p, Call call) {
                            std::to_string(kWidestTile));
 }
 
-// Whether a score is its product times a positive factor, or hidden by position; and whether all
-// of these rows lie on 16 bytes, are a whole number of them, and less than 2^31 bytes apart. Only
-// halves have plain kernels.
+// Whether a score is its product times a positive factor, or hidden by position, dropout or not;
+// and whether all of these rows lie on 16 bytes, are a whole number of them, and less than 2^31
+// bytes apart. Only halves have plain kernels.
 template <typename Element, typename... Views>
 bool is_plain(const Problem& p, const Views&... views) {
-  const bool simple = p.scale > 0 && p.softcap == 0 && p.dropout_p == 0;
+  const bool simple = p.scale > 0 && p.softcap == 0;
   const bool whole = (p.head_dim | p.value_dim) % (16 / static_cast<int>(sizeof(Element))) == 0;
   const auto suits = [](const View& view) {
     return rows_are_aligned<Element>(view) &&
@@ -103,7 +103,7 @@ bool is_plain(const Problem& p, const Views&... views) {
 
 template <typename Element>
 bool is_plain_backward(const Problem& p, const BackwardArguments& to) {
-  return !to.dweights &&
+  return !to.dweights && p.dropout_p == 0 &&
          is_plain<Element>(p, p.query, p.key, p.value, to.dout, to.dquery, to.dkey, to.dvalue);
 }
 

@@ -105,6 +105,33 @@ __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Bytes of a (0 to 3) and b (4 to 7); `selector` names four of them, the lowest first.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+#else
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  }
+  return result;
+#endif
+}
+
+// Of two float16s that are not negative: 0xFFFF where a >= b, else 0.
+__device__ __forceinline__ uint32_t at_least(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return (a >> 16 >= b >> 16 ? 0xFFFF0000 : 0) | ((a & 0xFFFF) >= (b & 0xFFFF) ? 0xFFFF : 0);
+#endif
+}
+
 // A value that the compiler keeps rather than computes again, where registers are short.
 template <typename T>
 __device__ __forceinline__ T* kept(T* pointer) {

@@ -103,34 +103,6 @@ __device__ inline float score_of(const Problem& p, const Head& head, Visible vis
   return score;
 }
 
-__device__ __forceinline__ bool drops_weights(const Problem& p) {
-  return p.single.dropout_factor != 0;
-}
-
-// 1 / (1 - dropout_p) where the weight is kept, else 0.
-__device__ __forceinline__ float factor_of(const Problem& p, uint32_t word) {
-  return word >= p.dropout_threshold ? p.single.dropout_factor : 0.0f;
-}
-
-// The random words of four neighbouring columns, from the one that four divides.
-__device__ __forceinline__ void random_words(const Problem& p, const Head& head, int row, int key,
-                                             uint32_t (&words)[4]) {
-  words[0] = static_cast<uint32_t>(p.key_start + key) >> 2;
-  words[1] = static_cast<uint32_t>(p.query_start + row);
-  words[2] = static_cast<uint32_t>(head.batch * p.query_heads + head.head);
-  words[3] = p.offset;
-  philox(words, p.philox_keys, [](uint32_t a, uint32_t constant, uint32_t* high, uint32_t* low) {
-    const uint64_t product = multiply_wide(a, constant);
-    *high = static_cast<uint32_t>(product >> 32), *low = static_cast<uint32_t>(product);
-  });
-}
-
-__device__ inline float keep_factor(const Problem& p, const Head& head, int row, int key) {
-  uint32_t words[4];
-  random_words(p, head, row, key, words);
-  return factor_of(p, words[(p.key_start + key) & 3]);
-}
-
 // Where a lane's accumulators lie: tile (m, n), element i of a C fragment. Rows of C are rows of
 // the problem, its columns are keys; or, transposed, the other way round.
 template <bool kTransposed>
@@ -143,8 +115,8 @@ struct Place {
   __device__ __forceinline__ int key(int m, int n, int i) const {
     return first_key + (kTransposed ? 16 * m + i / 2 * 8 : 8 * n + i % 2);
   }
-  __device__ __forceinline__ static Place of_lane(int row, int key) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+  __device__ __forceinline__ static Place of_lane(int row, int key, int lane = lane_index()) {
+    const int g = lane / 4, t = lane % 4;
     return {row + (kTransposed ? 2 * t : g), key + (kTransposed ? g : 2 * t)};
   }
 
@@ -172,52 +144,6 @@ __device__ __forceinline__ void for_each_place(Place<kTransposed> place, Visit v
   for (int index = 0; index < 4 * kMTiles * kNTiles; ++index) {
     const int m = index / (4 * kNTiles), n = index / 4 % kNTiles, i = index % 4;
     visit(place.row(m, n, i), place.key(m, n, i), index);
-  }
-}
-
-// Dropout's factors of a lane's places, in the order of for_each_place. A call of the generator
-// makes the words of four neighbouring keys, which two lanes hold (transposed: four lanes). So each
-// makes those of another tile (another row) for all of them, and they exchange.
-template <bool kTransposed, int kMTiles, int kNTiles>
-__device__ __forceinline__ void keep_factors(const Problem& p, const Head& head,
-                                             Place<kTransposed> place,
-                                             float (&keep)[4 * kMTiles * kNTiles]) {
-  static_assert(kNTiles % 2 == 0, "two tiles make four places of a row, or four rows");
-  if ((p.key_start & 3) != 0) {  // four keys of a call are not four of a fragment
-    for_each_place<kTransposed, kMTiles, kNTiles>(
-        place, [&](int row, int key, int index) { keep[index] = keep_factor(p, head, row, key); });
-    return;
-  }
-  constexpr int kLanes = kTransposed ? 4 : 2;
-  const int number = kTransposed ? lane_index() / 4 % 4 : lane_index() % 2;
-#pragma unroll 1
-  for (int index = 0; index < kMTiles * kNTiles; ++index) {
-    const int m = index / kNTiles, n = index % kNTiles / 2 * 2, half = index % 2;
-    // Of the two tiles: the one, or the row, that is this lane's to make.
-    const int own_n = kTransposed ? n + number / 2 : n + number,
-              own_i = kTransposed ? number % 2 : 0;
-    uint32_t words[4];
-    random_words(p, head, place.row(m, own_n, 2 * half + own_i), place.key(m, own_n, 2 * half),
-                 words);
-    const auto word = [&](int i) {
-      return i < 2 ? (i == 0 ? words[0] : words[1]) : (i == 2 ? words[2] : words[3]);
-    };
-    float* const to = keep + 4 * (m * kNTiles + n) + 2 * half;
-#pragma unroll
-    for (int other = 0; other < kLanes; ++other) {
-      const int whose = number ^ other;
-      if constexpr (kTransposed) {  // the word of this lane's key, of row `whose`
-        const uint32_t given = word(whose);
-        const uint32_t mine = other == 0 ? given : shuffle_xor(given, 4 * other);
-        to[whose / 2 * 4 + whose % 2] = factor_of(p, mine);
-      } else {  // the two words of this lane's keys, of tile `whose`
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t given = word(2 * whose + i);
-          to[4 * whose + i] = factor_of(p, other == 0 ? given : shuffle_xor(given, other));
-        }
-      }
-    }
   }
 }
 

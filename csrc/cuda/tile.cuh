@@ -278,18 +278,16 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kMTiles][kNTiles][4], R
   }
 }
 
-// C (16 kMTiles rows x 8 kNTiles columns) += P B, where P (16 kMTiles x 8 kPTiles) are accumulators
-// and B's rows are those of a tile: weights and values, say.
-template <typename TileB, int kMTiles, int kPTiles, int kNTiles, typename Element>
-__device__ __forceinline__ void multiply_accumulators(float (&c)[kMTiles][kNTiles][4],
-                                                      const float (&p)[kMTiles][kPTiles][4],
-                                                      typename TileB::Lane lane_b,
-                                                      Element element) {
+// C (16 kMTiles rows x 8 kNTiles columns) += A B, where B's rows are those of a tile and
+// operand(m, step, a) gives A.
+template <typename TileB, int kSteps, int kMTiles, int kNTiles, typename Element, typename Operand>
+__device__ __forceinline__ void multiply_operands(float (&c)[kMTiles][kNTiles][4], Operand operand,
+                                                  typename TileB::Lane lane_b, Element element) {
 #pragma unroll
-  for (int step = 0; step < 8 * kPTiles / kDepth<Element>; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     uint32_t a[kMTiles][4];
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) accumulators_as_a<Element>(p[m], step, a[m]);
+    for (int m = 0; m < kMTiles; ++m) operand(m, step, a[m]);
     const auto lane = kIsHalf<Element> ? lane_b : lane_b.here();
 #pragma unroll
     for (int n = 0; n < kNTiles; n += 2) {
@@ -302,6 +300,17 @@ __device__ __forceinline__ void multiply_accumulators(float (&c)[kMTiles][kNTile
       }
     }
   }
+}
+
+// The same where A (16 kMTiles x 8 kPTiles) are accumulators: weights times values, say.
+template <typename TileB, int kMTiles, int kPTiles, int kNTiles, typename Element>
+__device__ __forceinline__ void multiply_accumulators(float (&c)[kMTiles][kNTiles][4],
+                                                      const float (&p)[kMTiles][kPTiles][4],
+                                                      typename TileB::Lane lane_b,
+                                                      Element element) {
+  multiply_operands<TileB, 8 * kPTiles / kDepth<Element>>(
+      c, [&](int m, int step, uint32_t (&a)[4]) { accumulators_as_a<Element>(p[m], step, a); },
+      lane_b, element);
 }
 
 }  // namespace attn_ext::cuda

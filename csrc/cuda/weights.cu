@@ -24,8 +24,9 @@ int shared_bytes(const Problem& p, const Settings& settings) {
     with_width(p, [&](auto width) {
       using Element = decltype(element);
       bytes =
-          std::max({bytes, ForwardShape<Element, width, true>::kSharedBytes,
-                    ForwardShape<Element, width, false>::kSharedBytes,
+          std::max({bytes, ForwardShape<Element, width, Variant::kGeneral>::kSharedBytes,
+                    ForwardShape<Element, width, Variant::kPlain>::kSharedBytes,
+                    ForwardShape<Element, width, Variant::kDropout>::kSharedBytes,
                     QueryGradientShape<Element, width>::kSharedBytes,
                     WeightsShape<Element>::kSharedBytes, MaskGradientShape<Element>::kSharedBytes});
     });

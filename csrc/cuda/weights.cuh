@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     float s[1][kNTiles][4];
     multiply_by_parts<typename Shape::Rows, typename Shape::Keys>(p, p.query, p.key, head,
                                                                   p.head_dim, first_row, key, s);
-    float keep[4 * kNTiles];
-    if (drops_weights(p)) keep_factors<false, 1, kNTiles>(p, head, place, keep);
+    const auto keep = KeepFactors<false, 1, kNTiles>::make(p, head, place);
     Unrolled<1, kNTiles> scores(s);
     for_each_place<false, 1, kNTiles>(place, [&](int row, int column, int number) {
       float slope, weight = 0;
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float score =
             score_of(p, head, Visible::of_row(p, row), row, column, scores.items[number], &slope);
         if (score != -kInfinity) weight = exp2(score - values.lse - values.rest);
-        if (drops_weights(p)) weight *= keep[number];
+        weight *= keep[number];
       }
       scores.items[number] = weight;
     });

@@ -58,6 +58,10 @@ extern "C" __global__ void address(const char** d, const char* start, int index,
 extern "C" __global__ void product_wide(uint64_t* d, uint32_t a, uint32_t b) {
   *d = multiply_wide(a, b);
 }
+extern "C" __global__ void bytes(uint32_t* d, uint32_t a, uint32_t b, uint32_t selector) {
+  *d = permute_bytes(a, b, selector);
+}
+extern "C" __global__ void comparison(uint32_t* d, uint32_t a, uint32_t b) { *d = at_least(a, b); }
 extern "C" __global__ void power(float* d, float x) { *d = attn_ext::cuda::exp2(x); }
 extern "C" __global__ void shuffle_by_xor(uint32_t* d, uint32_t x, int mask) {
   *d = shuffle_xor(x, mask);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
+from cases import Case, Sizes, make_inputs
+from test_contract import assert_contract
 
 import attn_ext
 from attn_ext import dispatch
@@ -13,17 +15,19 @@ from attn_ext.benchmark import accuracy
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_matrices_are_loaded_without_bank_conflicts(
-    head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dropout_p: float, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = emulated.backend(emulated.ARCHITECTURES[0])
     monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
     monkeypatch.setitem(dispatch._modules, "cuda_emulated", module)
     tensors = [torch.randn(1, 1, 70, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
     module._cuda.take_bank_conflicts()
-    out = attn_ext.attention(*tensors, causal=True, backend="cuda_emulated")
+    options = {"causal": True, "dropout_p": dropout_p, "backend": "cuda_emulated"}
+    out = attn_ext.attention(*tensors, **options)
     out.sum().backward()
-    attn_ext.attention_weights(*tensors[:2], causal=True, backend="cuda_emulated")
+    attn_ext.attention_weights(*tensors[:2], **options)
     extra, phases = module._cuda.take_bank_conflicts()
     assert phases > 0
     assert extra == 0
@@ -82,3 +86,20 @@ def test_gradients_of_wide_heads(
         for x, y, z in zip(ours, theirs, exact, strict=True):
             unit = accuracy.rounding_unit(z, dtype)
             assert accuracy.error(x, z) <= accuracy.FACTOR * accuracy.error(y, z) + unit
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("architecture", emulated.ARCHITECTURES)
+def test_dropout_of_every_width(
+    architecture: int, dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves have kernels for dropout alone; a block's rows and two tiles of keys, and rests."""
+    if architecture == 750 and dtype is torch.bfloat16:
+        pytest.skip("7.5 has no bfloat16")
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
+    monkeypatch.setitem(dispatch._modules, "cuda_emulated", emulated.backend(architecture))
+    sizes = Sizes(1, 2, 1, 140, 270, head_dim, head_dim)
+    options = {"dropout_p": 0.3, "seed": 11, "causal": "lower_right", "window": (200, None)}
+    case = Case("", lambda s: options, sizes)
+    assert_contract(make_inputs(case, dtype), dtype, "cuda_emulated", average=True)

@@ -30,6 +30,8 @@ SINCE_75 = {
     "load_transposed": [LOAD.format(".trans")],
     "address": ["mad.wide.s32 d0, p2, p3, p1;"],
     "product_wide": ["mul.wide.u32 d0, p1, p2;"],
+    "bytes": ["prmt.b32 d0, p1, p2, p3;"],
+    "comparison": ["set.ge.u32.f16x2 d0, p1, p2;"],
     "power": ["ex2.approx.ftz.f32 d0, p1;"],
     "shuffle_by_xor": ["shfl.sync.bfly.b32 d0, p1, p2, 0x1f, 0xffffffff;"],
     "shuffle_by_lane": ["shfl.sync.idx.b32 d0, p1, p2, 0x1f, 0xffffffff;"],
