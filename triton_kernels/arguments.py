@@ -64,7 +64,7 @@ class Scoring(NamedTuple):
 class Dropout(NamedTuple):
     """Words of 32 bits are passed as signed ones."""
 
-    threshold: Any  # a weight is kept where its word is at least this
+    threshold: Any  # dropout_p in units of 2**-32
     factor: Any  # 1 / (1 - dropout_p)
     seed_low: Any
     seed_high: Any
@@ -89,7 +89,8 @@ class Shape(NamedTuple):
 
     UNIT: what a natural score is multiplied with, see `scores`. FOLD: whether a score is a product
     times a positive factor, or hidden. HIDES: whether a key that exists can be hidden from a row.
-    IN_FOURS: whether k_start is a multiple of 4. PRECISION: tl.dot's input_precision.
+    WHOLE_CALLS: whether q_start is a multiple of 16 and k_start of 32, see `dropout`. PRECISION:
+    tl.dot's input_precision.
     """
 
     HEAD_DIM: Any
@@ -101,7 +102,7 @@ class Shape(NamedTuple):
     UNIT: Any
     FOLD: Any
     HIDES: Any
-    IN_FOURS: Any
+    WHOLE_CALLS: Any
     PRECISION: Any
 
 

@@ -55,7 +55,7 @@ def add_tile(
         if SUBTRACTED:
             start -= term
         dp = tl.dot(v, tl.trans(do), start, input_precision=shape.PRECISION)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     if keep is not None:
         keep = tl.trans(keep)
     weights, _, dproduct = gradients_of(
@@ -103,7 +103,7 @@ def sum_row_by_row(
                     )
                     do_row = do_row.to(tl.float32)
                     dp = tl.sum(v * do_row, 1)[:, None]
-                keep = keep_of(here, problem, 1, CAREFUL, shape.IN_FOURS)
+                keep = keep_of(here, problem, 1, CAREFUL, shape.WHOLE_CALLS)
                 if keep is not None:
                     keep = tl.trans(keep)
                 weights, _, dproduct = gradients_of(

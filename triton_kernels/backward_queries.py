@@ -67,7 +67,7 @@ def add_tile(
         if SUBTRACTED:
             start -= term
         dp = tl.dot(do, v, start, input_precision=shape.PRECISION)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     _, ds, dproduct = gradients_of(
         product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED
     )

@@ -54,7 +54,9 @@ def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape: tl.constexpr, E
     rescale = exp_of(m_i - m_new, shape.UNIT)
     l_i = l_i * rescale + tl.sum(p, 1)
     if problem.dropout is not None:
-        p = tl.where(keep_mask(problem, tile, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS), p, 0.0)
+        p = tl.where(
+            keep_mask(problem, tile, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS), p, 0.0
+        )
     v = load_passing_tile(
         values, tile.start_n, offs_n[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE
     )

@@ -82,9 +82,9 @@ def gradients_of(
 
 
 @triton.jit
-def keep_of(tile, problem, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IN_FOURS: tl.constexpr):
+def keep_of(tile, problem, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_CALLS: tl.constexpr):
     """The tile's `keep_mask`, or None without dropout."""
     if problem.dropout is None:
         return None
     else:
-        return keep_mask(problem, tile, BLOCK_M, BLOCK_N, IN_FOURS)
+        return keep_mask(problem, tile, BLOCK_M, BLOCK_N, WHOLE_CALLS)

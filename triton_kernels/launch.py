@@ -368,7 +368,7 @@ def _settings(
             UNIT=1.0 if single else LOG2_E,
             FOLD=folds,
             HIDES=hides,
-            IN_FOURS=problem.k_start % 4 == 0,
+            WHOLE_CALLS=problem.q_start % 16 == 0 and problem.k_start % 32 == 0,
             PRECISION=precision(architecture) if single else None,
         ),
     }

@@ -40,7 +40,7 @@ def score_gradients(q, k, v, dout, lse, terms, dweights, share, tile, problem, s
         )
         dp = tl.dot(do_tile, v_tile, input_precision=shape.PRECISION)
     l_i, term = load_row_values(lse, terms, tile, tile.rows, problem, shape, True)
-    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
+    keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     _, ds, _ = gradients_of(
         product, dp, l_i, term, dweights, share, tile, problem, shape, keep, True, False
     )

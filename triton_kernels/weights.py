@@ -64,7 +64,7 @@ def weights(
         p = exp_of(s * factor_of(problem, shape) - l_i, shape.UNIT)
         p = tl.where(s == -INFINITY, 0.0, p)
         if dropout is not None:
-            keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.IN_FOURS)
+            keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
             p = tl.where(keep, p * dropout.factor, 0.0)
         total += p
     if AVERAGE:
