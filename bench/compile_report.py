@@ -1,9 +1,10 @@
 """What Triton makes of the Triton kernels, for GPUs that are not here: `make triton-report`.
 
 Compiles kernels and configurations for each architecture and prints registers, spills, shared
-memory, blocks that a multiprocessor holds, the matrix instructions and, of NVIDIA's machine code,
-the instructions of the main loop for each HMMA.16816 (m16n8k16, 2048 multiply-adds; a wgmma counts
-as those that it replaces), a loop being found by control flow (bench.sass). All of it goes to
+memory, blocks that a multiprocessor holds, the matrix instructions and the instructions of the main
+loop for each HMMA.16816 that its products need (m16n8k16, 2048 multiply-adds, done by one warp or
+wavefront: where several repeat a product, all their instructions count), a loop being found by
+control flow (bench.sass, bench.amdgcn). All of it goes to
 bench/results/compile_report.json, which tests compare freshly compiled kernels with.
 
     python -m bench.compile_report --architectures sm_90 gfx942 --jobs 1
@@ -26,7 +27,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from bench.triton_kernels import ARCHITECTURES, Name, measured, names
+from bench.triton_kernels import ARCHITECTURES, PRODUCTS, Name, measured, names
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "compile_report.json"
 REPORT_WIDTH = 170
@@ -55,12 +56,9 @@ class Target:
         ]
         if len(found) != len(self.kernels):
             return None
-        # For each pair of a query and a key: S and dP in both backward kernels, dQ in one of them,
-        # dK and dV in the other.
-        products = {"forward": 2, "backward_queries": 3, "backward_keys": 4}
-        work = sum(products[row["kernel"]] for row in found)
+        work = sum(PRODUCTS[row["kernel"]] for row in found)
         instructions = sum(
-            products[row["kernel"]]
+            PRODUCTS[row["kernel"]]
             * row["loops"][0]["instructions"]
             / row["loops"][0]["matrix_work"]
             for row in found
@@ -102,10 +100,11 @@ def target_table(rows: Sequence[Row]) -> Table:
 def kernel_table(rows: Sequence[Row]) -> Table:
     table = Table(
         "", "kernel", "registers", "spills", "shared, KiB", "warps", "blocks", "each HMMA", "edge",
-        "matrix instructions",
+        "times done", "matrix instructions",
     )  # fmt: skip
     for row in rows:
-        each = [f"{loop['per_matrix_unit'] or 0:.2f}" for loop in row["loops"][:2]]
+        each = [f"{loop['per_matrix_unit']:.2f}" for loop in row["loops"][:2]]
+        times = [loop["times_done"] for loop in row["loops"]]
         table.add_row(
             row["architecture"],
             f"{row['kernel']} {row['dtype']} {row['head_dim']} {row['kind']}",
@@ -115,6 +114,7 @@ def kernel_table(rows: Sequence[Row]) -> Table:
             str(row["warps"]),
             str(row.get("blocks_per_multiprocessor", "")),
             *[*each, "", ""][:2],
+            f"{times[0]:.1f}" if times and times[0] else "",
             ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
         )
     return table
@@ -133,7 +133,7 @@ def worse(row: Row, committed: Row) -> list[str]:
     found += [
         f"{ours['per_matrix_unit']} instructions each HMMA, committed {theirs['per_matrix_unit']}"
         for ours, theirs in pairs
-        if (ours["per_matrix_unit"] or 0) > (theirs["per_matrix_unit"] or 0)
+        if ours["per_matrix_unit"] > theirs["per_matrix_unit"]
     ]
     return found
 

@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 from attn_ext.problem import Problem
 from attn_ext.triton_kernels import configurations, launch, tuning
-from bench import sass
+from bench import amdgcn, sass
 from bench.cuda_architectures import ARCHITECTURES as MULTIPROCESSORS
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
@@ -39,6 +39,14 @@ VARIANTS = (
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
 KERNELS = ("forward", "backward_queries", "backward_keys", "backward_atomic")
+PRODUCTS = {
+    "forward": 2,
+    "backward_queries": 3,
+    "backward_keys": 4,
+    "backward_atomic": 5,
+    "weights": 1,
+}
+"""Matrix products that a tile of queries and keys takes in each kernel."""
 WAVE64 = ("gfx9",)
 """AMD's architectures with 64 threads a wavefront."""
 
@@ -107,7 +115,7 @@ def compiled(name: Name) -> Any:
 
 
 def figures(name: Name, kernel: Any) -> dict[str, Any]:
-    """Registers, spills, shared memory and, for NVIDIA, blocks and the main loops."""
+    """Registers, spills, shared memory, the main loops and, for NVIDIA, blocks."""
     row: dict[str, Any] = {
         "architecture": name.architecture,
         "kernel": name.kernel,
@@ -119,31 +127,48 @@ def figures(name: Name, kernel: Any) -> dict[str, Any]:
         "stages": kernel.metadata.num_stages,
     }
     if name.architecture.startswith("gfx"):
-        return row | _amd_figures(kernel.asm["amdgcn"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.asm["cubin"])
-        (function,) = sass.disassemble(path)
-        (resources,) = sass.resources(path).values()
-    number = name.architecture.removeprefix("sm_")
-    multiprocessor = MULTIPROCESSORS[f"{number[:-1]}.{number[-1]}"]
-    threads = 32 * kernel.metadata.num_warps
+        function = amdgcn.function(kernel.asm["amdgcn"])
+        row |= _amd_resources(kernel.asm["amdgcn"])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "kernel.cubin")
+            path.write_bytes(kernel.asm["cubin"])
+            (function,) = sass.disassemble(path)
+            (resources,) = sass.resources(path).values()
+        number = name.architecture.removeprefix("sm_")
+        multiprocessor = MULTIPROCESSORS[f"{number[:-1]}.{number[-1]}"]
+        row |= {
+            "registers": resources.registers,
+            "spills": function.count.units["local memory"],
+            "blocks_per_multiprocessor": multiprocessor.blocks_that_fit(
+                resources.registers, 32 * kernel.metadata.num_warps, kernel.metadata.shared
+            ),
+        }
+    needed = matrix_work(name, configuration(name)) / kernel.metadata.num_warps
     return row | {
-        "registers": resources.registers,
-        "spills": function.count.units["local memory"],
-        "blocks_per_multiprocessor": multiprocessor.blocks_that_fit(
-            resources.registers, threads, kernel.metadata.shared
-        ),
         "matrix_instructions": _matrix_instructions(function),
         "loops": [
             {
                 "instructions": loop.body.instructions,
-                "matrix_work": loop.body.matrix_work,
-                "per_matrix_unit": _rounded(loop.body.per_matrix_unit),
+                "matrix_work": needed,
+                "per_matrix_unit": round(loop.body.instructions / needed, 2),
+                "times_done": _rounded((loop.body.matrix_work or 0) / needed or None),
             }
             for loop in function.main_loops()
         ],
     }
+
+
+def matrix_work(name: Name, config: configurations.Configuration) -> float:
+    """What a tile's products take in units of m16n8k16, were none done by more than one warp.
+
+    A loop's iteration is one tile. Its machine code says how much each warp does: `times_done` is
+    above 1 where Triton has several warps do the same, None of tcgen05, which one thread starts.
+    """
+    width = configurations.block_of(name.head_dim)
+    roundings = 3 if name.dtype == "float32" else 1  # products of parts rounded to TF32
+    pairs = config.BLOCK_M * config.BLOCK_N
+    return roundings * PRODUCTS[name.kernel] * pairs * width / sass.MATRIX_UNIT
 
 
 def _matrix_instructions(function: sass.Function) -> dict[str, int]:
@@ -154,21 +179,18 @@ def _matrix_instructions(function: sass.Function) -> dict[str, int]:
     return found
 
 
-def _amd_figures(assembly: str) -> dict[str, Any]:
+def _amd_resources(assembly: str) -> dict[str, Any]:
     """From the metadata that the compiler writes into its assembly."""
 
     def entry(key: str) -> int:
         match = re.search(rf"^\s+\.{key}:\s+(\d+)", assembly, re.M)
         return int(match[1]) if match else 0
 
-    matrix = re.findall(r"^\s+(v_(?:s?mfma|s?wmma)\w+)", assembly, re.M)
     return {
         "registers": entry("vgpr_count"),
         "spills": entry("vgpr_spill_count"),
         # These go to lanes of vector registers, not to memory.
         "scalar_spills": entry("sgpr_spill_count"),
-        "matrix_instructions": {x: matrix.count(x) for x in sorted(set(matrix))},
-        "loops": [],
     }
 
 
@@ -176,15 +198,26 @@ def _rounded(x: float | None) -> float | None:
     return None if x is None else round(x, 2)
 
 
+def configuration(name: Name) -> configurations.Configuration:
+    """What the library launches this kernel with."""
+    size = tuning.size_of(name.architecture, _problem(name))
+    return configurations.configuration_of(name.kernel, *size)
+
+
+def _problem(name: Name) -> Problem:
+    """8 heads of 4096 queries and keys, contiguous and aligned."""
+    shape = (2, 8, 4096, name.head_dim)
+    tensor = torch.empty(shape, dtype=DTYPES[name.dtype], device="meta")
+    return Problem.build(tensor, tensor, tensor, **KINDS[name.kind])
+
+
 def _call(name: Name) -> launch.Call:
-    """The call for 8 heads of 4096 queries and keys, contiguous and aligned."""
-    dtype = DTYPES[name.dtype]
-    tensor = torch.empty(2, 8, 4096, name.head_dim, dtype=dtype, device="meta")
+    problem = _problem(name)
+    tensor = problem.query
     lse = torch.empty(2, 8, 4096, device="meta")
-    problem = Problem.build(tensor, tensor, tensor, **KINDS[name.kind])
     dropout = (1, 0) if problem.dropout_p else None
     start = (name.architecture, 0, problem, dropout)
-    weights = torch.empty(2, 1, 4096, 4096, dtype=dtype, device="meta")
+    weights = torch.empty(2, 1, 4096, 4096, dtype=tensor.dtype, device="meta")
     plans = [
         launch.forward_plan(*start, tensor, lse),
         launch.weights_plan(*start, lse, weights, True),
@@ -194,8 +227,7 @@ def _call(name: Name) -> launch.Call:
         ),
     ]
     plan = next(plan for plan in plans if plan.name == name.kernel)
-    size = tuning.size_of(name.architecture, problem)
-    return plan.call(configurations.configuration_of(name.kernel, *size))
+    return plan.call(configuration(name))
 
 
 def measured(name: Name) -> dict[str, Any]:

@@ -25,12 +25,29 @@ def test_known_answers(counter: tuple[int, ...], seed: int, words: tuple[int, ..
     assert tuple(int(w) for w in philox(tensors, torch.tensor(signed))) == words  # type: ignore[arg-type]
 
 
-def test_kept_share_and_threshold() -> None:
+def test_threshold() -> None:
     assert dropout_threshold(0.0) == 0
     assert dropout_threshold(0.5) == 2**31
     assert dropout_threshold(1 - 1e-12) == 2**32 - 1
-    kept = keep_mask((2, 3, 100, 101), 0.3, seed=1, offset=0).double().mean().item()
-    assert kept == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-4, 0.5 / 256, 0.1, 0.3, 0.5, 0.999, 1 - 1e-4])
+def test_dropped_share(dropout_p: float) -> None:
+    """Also where dropout_p * 256 is no whole number; within six standard deviations, of which the
+    rounding that 16 weights share is a small part."""
+    shape = (2, 4, 512, 512)
+    dropped = 1 - keep_mask(shape, dropout_p, seed=1, offset=0).double().mean().item()
+    count = 2 * 4 * 512 * 512
+    deviation = (dropout_p * (1 - dropout_p) / count) ** 0.5
+    assert dropped == pytest.approx(dropout_p, abs=6 * deviation)
+
+
+def test_weights_of_a_call_are_independent_of_each_other() -> None:
+    """Rows r and r + 8, and eight columns: no two of their 16 weights go together."""
+    kept = keep_mask((4, 8, 512, 512), 0.1, seed=3, offset=0)
+    calls = kept.view(32, 32, 2, 8, 16, 4, 4, 2).permute(0, 1, 3, 4, 6, 2, 5, 7)
+    correlations = torch.corrcoef(calls.reshape(-1, 16).double().T)
+    assert correlations.fill_diagonal_(0).abs().max() < 5 / (calls.numel() / 16) ** 0.5
 
 
 def test_streams_differ() -> None:

@@ -54,7 +54,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         },
         "backward_atomic": {
             32: _C(32, 128, 8, 1),
-            64: _C(16, 128, 8, 1),
+            64: _C(16, 128, 4, 1),
             128: _C(16, 64, 8, 1),
             256: _C(16, 32, 8, 1),
         },
@@ -177,6 +177,52 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_atomic": dict.fromkeys(_WIDTHS, _C(16, 16, 16)),
     },
 }
+# The same where every pair has an entry of a mask or a random number, which takes registers and
+# shared memory; by width from 64 on.
+_LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
+    "mma": {
+        "dropout": {
+            "forward": {64: _C(64, 64, 4), 128: _C(128, 64, 8)},
+            "backward_queries": {64: _C(128, 32, 4), 128: _C(128, 32, 8)},
+            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "backward_atomic": {64: _C(32, 64, 8), 128: _C(32, 64, 8)},
+        },
+        "mask": {
+            "forward": {64: _C(64, 64, 4), 128: _C(64, 128, 8)},
+            "backward_queries": {64: _C(128, 64, 8), 128: _C(32, 32, 4)},
+            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "backward_atomic": {64: _C(32, 64, 8), 128: _C(16, 64, 8)},
+        },
+    },
+    "wgmma": {
+        "dropout": {
+            "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 128, 8)},
+            "backward_atomic": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
+        },
+        "mask": {
+            "forward": {64: _C(64, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
+        },
+    },
+    "tcgen05": {
+        "dropout": {
+            "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "backward_queries": {64: _C(128, 64, 4), 128: _C(128, 64, 4)},
+            "backward_keys": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+        },
+        "mask": {
+            "forward": {64: _C(128, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 64, 8)},
+            "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
+            "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+        },
+    },
+}
 _ONE_PASS = {
     ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
     ("", 32): {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
@@ -202,7 +248,7 @@ def block_of(head_dim: int) -> int:
 
 
 def configuration_of(
-    kernel: str, architecture: str, bits: int, width: int, laden: bool = False
+    kernel: str, architecture: str, bits: int, width: int, laden: str | None = None
 ) -> Configuration:
     """The configuration of a kernel.
 
@@ -211,8 +257,7 @@ def configuration_of(
         architecture: "sm_80", "gfx942" and the like, or "interpreter".
         bits: of an element of query.
         width: `block_of` the larger head_dim.
-        laden: whether every pair has something of its own, an entry of a mask or a random number:
-            what that takes of registers and shared memory, tiles of scores give up.
+        laden: "mask" or "dropout" where every pair has an entry or a random number of its own.
     """
     if architecture == "interpreter":
         return INTERPRETED
@@ -223,18 +268,15 @@ def configuration_of(
     if kernel in ("weights", "mask_gradient"):
         return _ONE_PASS.get((family, bits), _ONE_PASS["", bits])[width]
     own = _TABLE[family, bits][kernel][width]
-    if not laden or bits == 32:
+    if laden is None or bits == 32:
         return own
-    return own._replace(
-        BLOCK_M=min(own.BLOCK_M, 64),
-        BLOCK_N=min(own.BLOCK_N, 64),
-        num_warps=own.num_warps if family == "amd" else 8,
-        num_stages=1,
-    )
+    if family in _LADEN and width <= 128:
+        return _LADEN[family][laden][kernel][max(width, 64)]
+    return own._replace(num_stages=1)
 
 
 def candidates_of(
-    kernel: str, architecture: str, bits: int, width: int, laden: bool = False
+    kernel: str, architecture: str, bits: int, width: int, laden: str | None = None
 ) -> list[Configuration]:
     """What is worth timing, `configuration_of` first: four to sixteen.
 

@@ -32,9 +32,10 @@ def as_word(x):
 
 
 @triton.jit
-def random_words(problem, tile, row_words, column_words):
-    """The four words of every call, by the first two words of their counters; and the least byte
-    that keeps a weight."""
+def random_bits(problem, tile, row_words, column_words):
+    """What every call decides, by the first two words of their counters: a bit for each of its 16
+    bytes, set where that keeps its weight. Bytes 0 and 1 of word i have bits 2 i and 2 i + 1, its
+    bytes 2 and 3 the same ones of the upper half."""
     dropout = problem.dropout
     if dropout.seed_ptr is None:
         key0, key1 = as_word(dropout.seed_low), as_word(dropout.seed_high)
@@ -45,8 +46,23 @@ def random_words(problem, tile, row_words, column_words):
     # Not broadcast before the rounds need it: the first two are a row's or a column's alone.
     w0, w1, w2, w3 = philox(column_words, row_words, head, as_word(dropout.offset), key0, key1)
     threshold = as_word(dropout.threshold)
-    rounded_up = (w0 ^ w1 ^ w2 ^ w3) < threshold << 8
-    return w0, w1, w2, w3, (threshold >> 24) + rounded_up.to(tl.uint32)
+    least = threshold >> 24
+    # Two bytes are compared at once: 256 - least more, and bit 8 tells.
+    down = (256 - least) * 0x00010001
+    more = tl.where((w0 ^ w1 ^ w2 ^ w3) < threshold << 8, down - 0x00010001, down)
+    first = kept_bytes(w0, more) | kept_bytes(w1, more) << 2
+    last = kept_bytes(w2, more) << 4 | kept_bytes(w3, more) << 6
+    # A sum over the first dimension, because the compiler stops there when it moves conversions of
+    # layouts towards the start: threads exchange bits instead of making each other's calls again.
+    return tl.sum(tl.permute(tl.join(first, last), (2, 0, 1)), 0)
+
+
+@triton.jit
+def kept_bytes(word, more):
+    """Bits 0, 1, 16 and 17: whether the word's bytes 0 to 3 reach the threshold."""
+    even = (word & 0x00FF00FF) + more
+    odd = (word >> 8 & 0x00FF00FF) + more
+    return (even >> 8 & 0x00010001) | (odd >> 7 & 0x00020002)
 
 
 @triton.jit
@@ -65,25 +81,22 @@ def keep_mask(
         HALVES: tl.constexpr = min(BLOCK_N // 16, 2)
         row_words = first_row // 2 + tl.arange(0, 8 * ROWS)[:, None].to(tl.uint32)
         column_words = first_column // 32 * 4 + tl.arange(0, 4 * GROUPS)[None, :].to(tl.uint32)
-        w0, w1, w2, w3, least = random_words(problem, tile, row_words, column_words)
-        if HALVES == 2:
-            above, below = tl.join(w0, w1), tl.join(w2, w3)
-        else:
-            first_half = first_column % 32 < 16
-            above = tl.where(first_half, w0, w1)[:, :, None]
-            below = tl.where(first_half, w2, w3)[:, :, None]
-        words = tl.join(above, below)  # (row's call, column's call, half, which of two rows)
-        shifts = (8 * tl.arange(0, 4)).to(tl.uint32)[None, None, None, None, :]
-        kept = (words[:, :, :, :, None] >> shifts & 255) >= least[:, :, None, None, None]
-        kept = tl.reshape(kept, (ROWS, 8, GROUPS, 4, HALVES, 2, 2, 2))
-        kept = tl.permute(kept, (0, 5, 1, 2, 4, 6, 3, 7))
+        bits = random_bits(problem, tile, row_words, column_words)
+        if HALVES == 1:
+            bits = bits >> first_column % 32 // 16 * 2
+        # A call's weights: which of two rows, half, which of two eights of columns, which column.
+        index = tl.arange(0, 8 * HALVES)
+        row, half = index // (4 * HALVES), index // 4 % HALVES
+        position = row * 4 + half * 2 + index // 2 % 2 * 16 + index % 2
+        kept = (bits[:, :, None] >> position[None, None, :].to(tl.uint32) & 1) != 0
+        kept = tl.reshape(kept, (ROWS, 8, GROUPS, 4, 2, HALVES, 2, 2))
+        kept = tl.permute(kept, (0, 4, 1, 2, 5, 6, 3, 7))
         return tl.reshape(kept, (BLOCK_M, BLOCK_N))
     else:
         row = first_row + tl.arange(0, BLOCK_M)[:, None].to(tl.uint32)
         column = first_column + tl.arange(0, BLOCK_N)[None, :].to(tl.uint32)
-        w0, w1, w2, w3, least = random_words(
+        bits = random_bits(
             problem, tile, row // 16 * 8 + row % 8, column // 32 * 4 + column % 8 // 2
         )
-        first_half = column % 32 < 16
-        word = tl.where(row % 16 < 8, tl.where(first_half, w0, w1), tl.where(first_half, w2, w3))
-        return (word >> (column % 16 // 8 * 16 + column % 2 * 8) & 255) >= least
+        position = row % 16 // 8 * 4 + column % 32 // 16 * 2 + column % 16 // 8 * 16 + column % 2
+        return (bits >> position & 1) != 0

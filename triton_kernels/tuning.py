@@ -61,10 +61,12 @@ def configuration(
     return _fastest[key]
 
 
-def size_of(architecture: str, problem: Problem) -> tuple[str, int, int, bool]:
+def size_of(architecture: str, problem: Problem) -> tuple[str, int, int, str | None]:
     """What `configuration_of` takes of a problem."""
     width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
-    laden = problem.attn_mask is not None or problem.dropout_p > 0
+    laden = "dropout" if problem.dropout_p > 0 else None
+    if problem.attn_mask is not None:
+        laden = "mask"
     return architecture, problem.query.element_size() * 8, width, laden
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -127,10 +128,14 @@ def test_newer_gpus_prefer_it(
 def test_every_architecture_has_a_configuration_of_every_width() -> None:
     for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a",
                          "gfx942", "gfx1100", "gfx1201"):  # fmt: skip
-        for kernel in ("forward", "backward_queries", "backward_keys", "weights", "mask_gradient"):
+        for kernel in (*KERNELS, "backward_atomic"):
             for bits in (16, 32):
-                for width in (16, 32, 64, 128, 256):
-                    found = configurations.configuration_of(kernel, architecture, bits, width)
+                for width, laden in itertools.product(
+                    (16, 32, 64, 128, 256), (None, "mask", "dropout")
+                ):
+                    found = configurations.configuration_of(
+                        kernel, architecture, bits, width, laden
+                    )
                     assert found.BLOCK_M % 16 == 0
                     assert found.BLOCK_N % 16 == 0
 
@@ -208,13 +213,15 @@ KERNELS = ("forward", "row_terms", "backward_queries", "backward_keys", "mask_gr
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "backward_atomic"])
 @pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("laden", [None, "mask", "dropout"])
 @pytest.mark.parametrize(
     "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 )
-def test_candidates(architecture: str, bits: int, kernel: str) -> None:
+def test_candidates(architecture: str, laden: str | None, bits: int, kernel: str) -> None:
     for width in (16, 32, 64, 128, 256):
-        found = configurations.candidates_of(kernel, architecture, bits, width)
-        assert found[0] == configurations.configuration_of(kernel, architecture, bits, width)
+        size = (architecture, bits, width, laden)
+        found = configurations.candidates_of(kernel, *size)
+        assert found[0] == configurations.configuration_of(kernel, *size)
         assert 4 <= len(set(found)) == len(found) <= 40
         copies = architecture in ("sm_90", "sm_100") and bits == 16
         passing = kernel == "forward" or kernel.startswith("backward_")
