@@ -79,13 +79,17 @@ def test_the_matrix_units_are_reached(
 def test_committed_figures() -> None:
     """Every architecture is there, and every kernel fits it. Without masks and dropout nothing spills in
     float16 up to a head_dim of 128 and in float32 of 64, save gradients at 128 on gfx1100, for whose 256
-    registers no such configuration was found; with them forward does not."""
+    registers no such configuration was found, and a word or two of two kernels, whose configurations without
+    spills take 1.7 times as many instructions. With masks and dropout forward does not spill."""
     rows = compile_report.committed()
     assert {name.architecture for name in rows} == set(compile_report.ARCHITECTURES)
     assert [str(x) for x, row in rows.items() if row.get("blocks_per_multiprocessor") == 0] == []
     spilling = [name for name, row in rows.items() if row["spills"]]
     unladen = [name for name in spilling if name.kind in ("plain", "causal")]
-    assert [str(name) for name in unladen if name.head_dim == 64] == []
+    assert {str(name): rows[name]["spills"] for name in unladen if name.head_dim == 64} == {
+        "sm_120 backward_atomic float16 64 plain": 2,
+        "gfx1100 backward_keys float16 64 causal": 1,
+    }
     assert [
         str(name)
         for name in unladen
@@ -98,6 +102,24 @@ def test_committed_figures() -> None:
         if name.kind in ("mask", "dropout") and name.kernel == "forward"
         if name.architecture != "gfx1100"
     ] == []
+
+
+def test_warps_share_the_products() -> None:
+    """Of halves up to a head_dim of 128 no product is done by several warps: a tile has rows for all of them.
+    Save dQ where it is added up atomically, of whose tile the rows are few, and dK and dV at 128 on gfx942."""
+    repeated = {
+        name: row["loops"][0]["times_done"]
+        for name, row in compile_report.committed().items()
+        if name.dtype == "float16" and name.head_dim <= 128 and row["loops"]
+        if (row["loops"][0]["times_done"] or 1) > 1
+    }
+    assert {
+        str(name)
+        for name in repeated
+        if name.kernel != "backward_atomic"
+        if (name.architecture, name.kernel, name.head_dim) != ("gfx942", "backward_keys", 128)
+    } == set()
+    assert all(times == 1.5 for name, times in repeated.items() if name.kernel == "backward_keys")
 
 
 @pytest.mark.parametrize("target", compile_report.TARGETS, ids=str)

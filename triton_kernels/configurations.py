@@ -1,10 +1,11 @@
 """Block sizes, warps and pipeline stages, for each kernel, family of architectures and head_dim.
 
-Chosen from `python -m bench.compile_report`: nothing spills where a choice without spills was found
-that needs no third more instructions (float32 at a head_dim of 128 and more often has none, RDNA
-none for gradients from 128 on), shared memory fits, and the main loop has few instructions for its
-matrix products. None has been timed: there was no GPU. `tuning` times these
-and others on the GPU at hand.
+Chosen from `python -m bench.compile_report`, by the instructions of the main loop for the products
+that a tile needs: these count for every warp, so that warps which repeat each other's products,
+because a tile has too few rows for them, show. Nothing spills where a choice without spills was
+found that needs no third more instructions (float32 at a head_dim of 128 and more often has none,
+RDNA none for gradients from 128 on), and shared memory fits. None has been timed: there was no GPU.
+`tuning` times these and others on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2),
             64: _C(128, 64, 8, 2),
             128: _C(32, 64, 8, 2),
-            256: _C(32, 32, 8, 2),
+            256: _C(32, 32, 4),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2),
             64: _C(32, 128, 8, 2),
             128: _C(64, 64, 8, 2),
-            256: _C(32, 32, 8, 1),
+            256: _C(32, 32, 4),
         },
         "backward_atomic": {
             32: _C(32, 128, 8, 1),
-            64: _C(16, 128, 4, 1),
+            64: _C(32, 128, 8),
             128: _C(16, 64, 8, 1),
             256: _C(16, 32, 8, 1),
         },
@@ -64,19 +65,19 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 128, 8, 2, True),
             128: _C(64, 128, 4, 1, True),
-            256: _C(64, 64, 8, 1, True),
+            256: _C(64, 32, 4),
         },
         "backward_queries": {
             32: _C(128, 64, 8, 2),
             64: _C(128, 128, 8, 2),
             128: _C(64, 64, 4, 2),
-            256: _C(32, 32, 8, 1),
+            256: _C(64, 32, 4),
         },
         "backward_keys": {
             32: _C(64, 64, 4, 2),
             64: _C(64, 64, 4, 2),
             128: _C(32, 128, 8, 2, True),
-            256: _C(32, 32, 8, 1),
+            256: _C(64, 32, 8),
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 1, True),
@@ -96,13 +97,13 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 64, 8, 2, True),
             128: _C(64, 64, 8, 2, True),
-            256: _C(32, 32, 8, 2),
+            256: _C(32, 32, 4),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2, True),
             64: _C(64, 128, 8, 1, True),
             128: _C(64, 64, 8, 1, True),
-            256: _C(32, 32, 8, 1),
+            256: _C(32, 32, 4),
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 2, True),
@@ -112,28 +113,43 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         },
     },
     ("amd", 16): {  # MFMA, within 64 KiB
-        "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(64, 32), 256: _C(32, 32)},
-        "backward_queries": {32: _C(64, 32), 64: _C(64, 32), 128: _C(32, 32), 256: _C(32, 16)},
-        "backward_keys": {32: _C(32, 64), 64: _C(32, 64), 128: _C(32, 32), 256: _C(16, 32)},
-        "backward_atomic": {32: _C(32, 64), 64: _C(32, 64), 128: _C(16, 32), 256: _C(16, 16)},
+        "forward": {32: _C(128, 64), 64: _C(128, 64), 128: _C(128, 32), 256: _C(64, 32, 2)},
+        "backward_queries": {
+            32: _C(64, 32, 2),
+            64: _C(64, 32, 2),
+            128: _C(64, 32, 2),
+            256: _C(32, 16, 2),
+        },
+        "backward_keys": {
+            32: _C(32, 64, 2),
+            64: _C(32, 64, 2),
+            128: _C(32, 32, 2),
+            256: _C(16, 32, 2),
+        },
+        "backward_atomic": {
+            32: _C(16, 64, 2),
+            64: _C(16, 64, 2),
+            128: _C(16, 64, 2),
+            256: _C(16, 16),
+        },
     },
     ("rdna", 16): {  # 256 registers, and operands twice in a wavefront of 32
         "forward": {
             32: _C(128, 32, 8),
-            64: _C(128, 32, 8),
-            128: _C(64, 16, 8),
+            64: _C(64, 32),
+            128: _C(128, 16, 8),
             256: _C(32, 16, 16),
         },
         "backward_queries": {
-            32: _C(64, 32, 8),
-            64: _C(64, 32, 8),
-            128: _C(64, 16, 8),
+            32: _C(64, 32),
+            64: _C(64, 16),
+            128: _C(64, 16),
             256: _C(32, 16, 8),
         },
         "backward_keys": {
-            32: _C(32, 32, 8),
-            64: _C(32, 32, 8),
-            128: _C(16, 32, 8),
+            32: _C(16, 32, 2),
+            64: _C(16, 32, 2),
+            128: _C(16, 32, 2),
             256: _C(16, 32, 8),
         },
         "backward_atomic": {
@@ -147,16 +163,16 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "forward": {
             32: _C(64, 32),
             64: _C(32, 64, 8),
-            128: _C(32, 32, 8),
+            128: _C(32, 32),
             256: _C(16, 32, 8),
         },
         "backward_queries": {
             32: _C(32, 32),
             64: _C(32, 32),
-            128: _C(16, 32, 8),
+            128: _C(32, 32),
             256: _C(16, 16, 8),
         },
-        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(16, 32, 8), 256: _C(16, 16, 8)},
+        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 16, 8)},
         "backward_atomic": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
     },
     ("amd", 32): {
@@ -199,13 +215,13 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 128, 8)},
-            "backward_atomic": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 128, 8, 1, True)},
         },
         "mask": {
             "forward": {64: _C(64, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
-            "backward_atomic": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 64, 4, 1, True)},
         },
     },
     "tcgen05": {
@@ -220,6 +236,16 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 64, 8)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
             "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+        },
+    },
+    "rdna": {
+        "dropout": {
+            "forward": {64: _C(64, 32), 128: _C(128, 32, 8)},
+            "backward_queries": {64: _C(64, 32)},
+        },
+        "mask": {
+            "forward": {64: _C(128, 16, 8), 128: _C(128, 32, 8)},
+            "backward_queries": {64: _C(64, 32)},
         },
     },
 }
@@ -270,9 +296,8 @@ def configuration_of(
     own = _TABLE[family, bits][kernel][width]
     if laden is None or bits == 32:
         return own
-    if family in _LADEN and width <= 128:
-        return _LADEN[family][laden][kernel][max(width, 64)]
-    return own._replace(num_stages=1)
+    by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
+    return by_width.get(max(width, 64), own._replace(num_stages=1))
 
 
 def candidates_of(

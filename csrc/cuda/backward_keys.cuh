@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
         multiply_rows<Gradients, kSteps>(dp, lane_v, lane_do.moved(now), Element{});
       }
       const int here = static_cast<int>(thread_here() / 32) * 16 * kMTiles;
-      const auto place = Place<true>::of_lane(row, first_key + here);
+      const int lane = kGeneral ? static_cast<int>(thread_here() % 32) : lane_index();
+      const auto place = Place<true>::of_lane(row, first_key + here, lane);
       if constexpr (kGeneral) {
         general_gradients<Wanted::kProduct>(p, to, head, place, s, dp, [&](int of) {
           return tile_rows.get((of - row) / 2, (of - row) % 2);

@@ -74,7 +74,8 @@ struct KeepFactors {
   static constexpr int kCallTiles = kTransposed ? 2 : kNTiles < 4 ? kNTiles : 4;
   static constexpr int kCalls = (kTransposed ? 1 : kMTiles) * kNTiles / kCallTiles;
   static_assert(kCalls <= 4 && kMTiles <= 2 && kNTiles % kCallTiles == 0, "64 bits are enough");
-  uint64_t bits;
+  using Bits = std::conditional_t<kCalls <= 2, uint32_t, uint64_t>;
+  Bits bits;
   float factor;
 
   // `index`: as for_each_place counts.
@@ -91,11 +92,11 @@ struct KeepFactors {
 
   __device__ __forceinline__ static KeepFactors make(const Problem& p, const Head& head,
                                                      Place<kTransposed> place) {
-    if (!drops_weights(p)) return {~uint64_t{0}, 1.0f};
+    if (!drops_weights(p)) return {static_cast<Bits>(~Bits{0}), 1.0f};
     KeepFactors result{0, p.single.dropout_factor};
     if (!calls_are_aligned(p)) {
       for_each_place<kTransposed, kMTiles, kNTiles>(place, [&](int row, int key, int index) {
-        result.bits |= static_cast<uint64_t>(keeps_weight(p, head, row, key)) << position(index);
+        result.bits |= static_cast<Bits>(keeps_weight(p, head, row, key)) << position(index);
       });
       return result;
     }
@@ -109,15 +110,15 @@ struct KeepFactors {
         const int parity = lane_index() / 4 % 2;
         const uint32_t made = RandomBytes::make(p, head, row + parity, key).bits();
         const uint32_t given = shuffle_xor(made, 4);
-        const uint32_t first = parity == 0 ? made : given, second = parity == 0 ? given : made;
-        own = (first >> parity & 0x5555) | (second >> parity & 0x5555) << 1;
+        // Of each row the bytes for this lane's key; that of the lane's own row in its place.
+        own = (made >> parity & 0x5555) << parity | (given >> parity & 0x5555) << (1 - parity);
       } else {
         own = RandomBytes::make(p, head, row, key).bits();
       }
       // Half of a call's columns are another tile's.
       constexpr bool kHalf = kTransposed ? kMTiles == 1 : kCallTiles == 2;
       if (kHalf) own = own >> key % kRandomColumns / 16 * 4 & 0x0F0F;
-      result.bits |= static_cast<uint64_t>(own) << (16 * call);
+      result.bits |= static_cast<Bits>(own) << (16 * call);
     }
     return result;
   }
