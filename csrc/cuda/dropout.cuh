@@ -11,8 +11,8 @@ __device__ __forceinline__ bool drops_weights(const Problem& p) {
   return p.single.dropout_factor != 0;
 }
 
-// A call of the generator, and what a byte must reach to keep its weight: as float16s, which have
-// an instruction that compares two, 1024 + x is 0x6400 | x.
+// A call of the generator, and what a byte must reach to keep its weight, twice: an instruction
+// compares two float16s, of which such small numbers are subnormal ones, in the same order.
 struct RandomBytes {
   uint32_t words[4], least;
 

@@ -23,9 +23,7 @@ void forward(const Problem& p, const ForwardArguments& to, const Settings& setti
         if (is_plain<Element>(p, p.query, p.key, p.value, to.out)) {
           if (p.dropout_p == 0) {
             chosen = run<Element, width, Variant::kPlain>;
-          } else if constexpr (ForwardShape<Element, width, Variant::kDropout>::kKeys %
-                                   kRandomColumns ==
-                               0) {
+          } else if constexpr (ForwardShape<Element, width, Variant::kDropout>::kWholeCalls) {
             if (calls_are_aligned(p)) chosen = run<Element, width, Variant::kDropout>;
           }
         }

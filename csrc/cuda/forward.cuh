@@ -8,8 +8,9 @@
 //     S = Q K^T;  m' = max(m, max S);  P = exp2(S - m');  O = O exp2(m - m') + P V
 // Tiles outside causality and the window are never visited; of the others, those at an edge go
 // first, through code that tests every pair. The general kernel does that for all tiles: masks,
-// softcap, ALiBi, and rows that don't lie on 16 bytes. A row whose output is not finite is
-// done again by careful_row, since a hidden weight of 0 times NaN is NaN.
+// softcap, ALiBi, and rows that don't lie on 16 bytes. Dropout without those has a kernel of its
+// own, which drops weights once they are packed. A row whose output is not finite is done again by
+// careful_row, since a hidden weight of 0 times NaN is NaN.
 // Tested against backends/reference.py in tests/test_contract.py, through tests/cuda_emulator.
 #pragma once
 
@@ -102,6 +103,7 @@ struct ForwardShape {
     uint32_t head_word;
   };
   static constexpr bool kDrops = kVariant == Variant::kDropout;
+  static constexpr bool kWholeCalls = kKeys % kRandomColumns == 0;  // of dropout's generator
   static constexpr bool kShares = kKeys == 128 || kDrops;
   static constexpr int kSharedBytes =
       Values::kEnd + (kShares ? static_cast<int>(sizeof(Known)) : 0);
