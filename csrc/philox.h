@@ -60,9 +60,8 @@ struct RandomByte {
 constexpr uint32_t kRandomRows = 16, kRandomColumns = 32;  // where the pattern starts again
 
 // Whether a call's threshold is rounded up to the next byte; its first 8 bits are that byte.
-template <typename Word>
-ATTN_EXT_HOST_DEVICE inline auto rounds_up(const Word (&words)[4], uint32_t threshold) {
-  return (words[0] ^ words[1] ^ words[2] ^ words[3]) < Word{} + (threshold << 8);
+ATTN_EXT_HOST_DEVICE inline bool rounds_up(const uint32_t (&words)[4], uint32_t threshold) {
+  return (words[0] ^ words[1] ^ words[2] ^ words[3]) < threshold << 8;
 }
 
 }  // namespace attn_ext

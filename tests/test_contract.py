@@ -318,6 +318,10 @@ def test_dropout_is_the_same_everywhere(dropout_p: float, backend: str) -> None:
             query[:, :, row:], key[:, :, column:], average=False, q_start=row, k_start=column, **settings
         )  # fmt: skip
         assert torch.equal(part != 0, kept[:, :, row:, column:])
+    # Positions count in 32 bits, and start again.
+    far = {"q_start": 2**32 - 32, "k_start": 2**32 - 64}
+    part = attn_ext.attention_weights(query, key, average=False, **far, **settings)
+    assert torch.equal(part != 0, keep_mask((2, 3, 50, 70), dropout_p, 12345, 9, **far))
     # With keys and values that pick out weights, the outputs are those weights.
     value = torch.eye(70).expand(2, 3, 70, 70)
     for row, column in ((0, 0), (16, 32), (3, 0)):

@@ -89,7 +89,8 @@ class Shape(NamedTuple):
 
     UNIT: what a natural score is multiplied with, see `scores`. FOLD: whether a score is a product
     times a positive factor, or hidden. HIDES: whether a key that exists can be hidden from a row.
-    WHOLE_CALLS: whether q_start is a multiple of 16 and k_start of 32, see `dropout`. PRECISION:
+    WHOLE_CALLS: whether q_start is a multiple of 16 and k_start of 32, and positions do not start
+    again after 2**32, see `dropout`. PRECISION:
     tl.dot's input_precision.
     """
 

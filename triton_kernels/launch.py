@@ -368,10 +368,16 @@ def _settings(
             UNIT=1.0 if single else LOG2_E,
             FOLD=folds,
             HIDES=hides,
-            WHOLE_CALLS=problem.q_start % 16 == 0 and problem.k_start % 32 == 0,
+            WHOLE_CALLS=_has_whole_calls(problem.q_start, problem.query_length, 16)
+            and _has_whole_calls(problem.k_start, problem.key_length, 32),
             PRECISION=precision(architecture) if single else None,
         ),
     }
+
+
+def _has_whole_calls(start: int, length: int, step: int) -> bool:
+    """Whether dropout's calls serve tiles as they lie, see `dropout`; positions have 32 bits."""
+    return start % step == 0 and start % 2**32 + length <= 2**32
 
 
 def _sizes(problem: Problem) -> Sizes:

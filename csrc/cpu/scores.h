@@ -299,11 +299,13 @@ struct RandomRows {
     Words lane;
     for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
     const int64_t calls = (count + kRandomRows - 1) / kRandomRows * kOctet;
+    const uint32_t last_word = ~uint32_t{0} / 2;  // rows start again after 2^32
     for (int64_t call = 0; call < calls; call += kWordLanes) {
-      Words random[4] = {Words{} + column_word, lane + (aligned / 2 + static_cast<uint32_t>(call)),
-                         Words{} + head, Words{} + p.offset};
+      const Words row_word = (lane + (aligned / 2 + static_cast<uint32_t>(call))) & last_word;
+      Words random[4] = {Words{} + column_word, row_word, Words{} + head, Words{} + p.offset};
       philox(random, p.philox_keys, multiply_words);
-      const Words up = reinterpret_cast<Words>(rounds_up(random, p.dropout_threshold));
+      const Words mixed = random[0] ^ random[1] ^ random[2] ^ random[3];
+      const Words up = reinterpret_cast<Words>(mixed < Words{} + (p.dropout_threshold << 8));
       const Words bound = (p.dropout_threshold >> 24) - up;  // true is -1
       for (int64_t part = 0; part < kWordLanes; part += kPart) {
         const int64_t row = (call + part) / kOctet * kRandomRows + (call + part) % kOctet;
