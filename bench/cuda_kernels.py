@@ -73,8 +73,13 @@ class Name:
         dtype = next((_DTYPES[x] for x in arguments if x in _DTYPES), "")
         rest = [x for x in arguments if x and x not in _DTYPES]
         head_dim = int(rest.pop(0)) if rest and rest[0].isdigit() else None
-        words = {"false": "plain", "true": "general"}
-        words |= {"(Variant)0": "plain", "(Variant)1": "dropout", "(Variant)2": "general"}
+        words = {
+            "false": "plain",
+            "true": "general",
+            "(Variant)0": "plain",
+            "(Variant)1": "dropout",
+            "(Variant)2": "general",
+        }
         variant = " ".join(words.get(x, re.sub(r"\((\w+)\)", r"\1 ", x)) for x in rest)
         return cls(_OPERATIONS.get(match[1], match[1]), dtype, head_dim, variant)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import emulated
 import pytest
 import torch
@@ -13,15 +15,21 @@ from attn_ext import dispatch
 from attn_ext.benchmark import accuracy
 
 
+def register(architecture: int, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The backend of an emulated architecture, which a test may then ask for."""
+    module = emulated.backend(architecture)
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
+    monkeypatch.setitem(dispatch._modules, "cuda_emulated", module)
+    return module
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_matrices_are_loaded_without_bank_conflicts(
     dropout_p: float, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = emulated.backend(emulated.ARCHITECTURES[0])
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
-    monkeypatch.setitem(dispatch._modules, "cuda_emulated", module)
+    module = register(emulated.ARCHITECTURES[0], monkeypatch)
     tensors = [torch.randn(1, 1, 70, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
     module._cuda.take_bank_conflicts()
     options = {"causal": True, "dropout_p": dropout_p, "backend": "cuda_emulated"}
@@ -64,9 +72,7 @@ def test_gradients_of_wide_heads(
     architecture: int, dtype: torch.dtype, value_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where an operand has no room in shared memory, it is read in place."""
-    module = emulated.backend(architecture)
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
-    monkeypatch.setitem(dispatch._modules, "cuda_emulated", module)
+    register(architecture, monkeypatch)
     if architecture == 750 and dtype is torch.float32 and value_dim > 128:
         pytest.skip("7.5 has too little shared memory")
     sizes = [(1, 2, 70, 128), (1, 1, 75, 128), (1, 1, 75, value_dim), (1, 2, 70, value_dim)]
@@ -104,8 +110,7 @@ def test_dropout_of_every_width(
         pytest.skip("where positions start again is the same at any width")
     if architecture == 750 and dtype is torch.bfloat16:
         pytest.skip("7.5 has no bfloat16")
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "cuda_emulated"))
-    monkeypatch.setitem(dispatch._modules, "cuda_emulated", emulated.backend(architecture))
+    register(architecture, monkeypatch)
     sizes = Sizes(1, 2, 1, 140, 270, head_dim, head_dim)
     options = {"dropout_p": 0.3, "seed": 11, "causal": "lower_right", "window": (200, None)}
     options |= {"q_start": start, "k_start": start} if start > 0 else {}
