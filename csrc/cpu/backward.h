@@ -1,46 +1,62 @@
-// Backward pass by recomputation (Dao, arXiv:2307.08691, algorithm 2), with query blocks outside.
+// Backward pass by recomputation (Dao, arXiv:2307.08691, algorithm 2), with queries outside.
 //
-// For a block of query rows and a tile of keys, everything transposed, [key][row]:
+// For a group of blocks of query rows and a tile of keys, everything transposed, [key][row]:
 //     P  = exp2(S - lse)              dP = keep * (V dO^T + dW)
 //     dS = P (dP - delta)             delta = sum(dO * O) - dlse, a value a row
 //     dV += (keep P) dO               dK += scale dS Q               dQ += scale dS^T K
-// A query block's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so
-// that nothing is atomic and the result does not depend on timing. Threads take whole (batch, key
-// head) pairs where these are many, else they share a pair: thread t takes query blocks t, t + n,
-// ... (which balances causal work) into sums of its own, added up in order. Tested against
+// P and dS are made in parts, of some keys by one block, whose scores stay in L1; the products of
+// the second kind are of whole groups and tiles, so that their sums are rarely loaded and stored.
+// A group's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so that
+// nothing is atomic and the result does not depend on timing. Threads take whole (batch, key head)
+// pairs where these are many, else they share a pair: thread t takes groups t, t + n, ... (which
+// balances causal work) into sums of its own, added up in order. Tested against
 // backends/reference.py and by gradcheck in tests/test_contract.py.
+
+constexpr int64_t kParts = kKeys / kPartKeys;  // of a tile
+template <typename Real>
+constexpr int64_t kGroupRows = kGroupBlocks * kRows<Real>;
 
 template <typename Real, typename Element>
 struct BackwardWorkspace {
-  Element *queries, *queries_by_row, *douts, *douts_by_row, *keys, *values, *key_columns;
-  Real *scores, *dscores, *slope, *keep, *lse, *row_term, *dqueries, *dkeys, *dvalues;
-  // scores and dscores as operands: summed over rows (both), and over keys.
-  Element *weights, *gradients, *gradients_by_key;
+  // Of a group: by block, or over all of its rows.
+  Element *queries[kGroupBlocks], *douts[kGroupBlocks], *queries_by_row, *douts_by_row;
+  Real *lse[kGroupBlocks], *row_term[kGroupBlocks], *dqueries[kGroupBlocks];
+  // Of a part.
+  Real *scores, *dscores, *slope, *keep;
   uint8_t* hidden;
+  // Of a tile, weights and dS as operands: summed over rows (both), and over keys.
+  Element *weights, *gradients, *gradients_by_key[kGroupBlocks];
+  Element *keys, *values, *key_columns;
+  Real *dkeys, *dvalues;  // of a (batch, key head)
 
   BackwardWorkspace(Arena& arena, const Problem& p) {
-    const int64_t tile = kKeys * kRows<Real>;
+    constexpr int64_t kPart = kPartKeys * kRows<Real>, kTile = kKeys * kGroupRows<Real>;
     const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
-    queries = arena.take<Element>(p.head_dim * kRows<Real>);
-    queries_by_row = arena.take<Element>(kRows<Real> * width);
-    douts = arena.take<Element>(p.value_dim * kRows<Real>);
-    douts_by_row = arena.take<Element>(kRows<Real> * value_width);
+    for (int64_t i = 0; i < kGroupBlocks; ++i) {
+      queries[i] = arena.take<Element>(p.head_dim * kRows<Real>);
+      douts[i] = arena.take<Element>(p.value_dim * kRows<Real>);
+      lse[i] = arena.take<Real>(2 * kRows<Real>);
+      row_term[i] = arena.take<Real>(kRows<Real>);
+      dqueries[i] = arena.take<Real>(p.head_dim * kRows<Real>);
+    }
+    queries_by_row = arena.take<Element>(kGroupRows<Real> * width);
+    douts_by_row = arena.take<Element>(kGroupRows<Real> * value_width);
+    scores = arena.take<Real>(kPart);
+    dscores = arena.take<Real>(kPart);
+    slope = arena.take<Real>(p.softcap != 0 ? kPart : 0);
+    keep = arena.take<Real>(p.dropout_p > 0 ? kPart : 0);
+    hidden = arena.take<uint8_t>(kPart);
     keys = arena.take<Element>(kKeys * width);
     values = arena.take<Element>(kKeys * value_width);
-    scores = arena.take<Real>(tile);
-    dscores = arena.take<Real>(tile);
-    slope = arena.take<Real>(p.softcap != 0 ? tile : 0);
-    keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
-    lse = arena.take<Real>(2 * kRows<Real>);
-    row_term = arena.take<Real>(kRows<Real>);
-    dqueries = arena.take<Real>(p.head_dim * kRows<Real>);
-    hidden = arena.take<uint8_t>(tile);
     if constexpr (kDepth<Element> == 1) {
-      weights = scores, gradients = gradients_by_key = dscores, key_columns = nullptr;
+      static_assert(kTile == kPart * kDepth<Element>, "operands are where the scores were");
+      weights = scores, gradients = gradients_by_key[0] = dscores, key_columns = nullptr;
     } else {
-      weights = arena.take<Element>(tile / kDepth<Element>);
-      gradients = arena.take<Element>(tile / kDepth<Element>);
-      gradients_by_key = arena.take<Element>(tile / kDepth<Element>);
+      weights = arena.take<Element>(kTile / kDepth<Element>);
+      gradients = arena.take<Element>(kTile / kDepth<Element>);
+      for (Element*& block : gradients_by_key) {
+        block = arena.take<Element>(kTile / kGroupBlocks / kDepth<Element>);
+      }
       key_columns = arena.take<Element>(p.head_dim * (kKeys / kDepth<Element>));
     }
     dkeys = arena.take<Real>(p.key_length * width);
@@ -48,30 +64,66 @@ struct BackwardWorkspace {
   }
 };
 
-// What a query block brings along: its rows in both layouts, LSE and row term.
+// Neighbouring blocks of one head's query rows.
+struct RowGroup {
+  RowBlock rows;  // all of them
+  RowBlock block[kGroupBlocks];
+  int64_t blocks;
+
+  // Of the `groups` groups of a head, which share its blocks evenly.
+  template <typename Real>
+  static RowGroup make(const Problem& p, int64_t batch, int64_t head, int64_t group,
+                       int64_t groups) {
+    const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
+    const int64_t first = blocks * group / groups;
+    RowGroup made;
+    made.blocks = blocks * (group + 1) / groups - first;
+    for (int64_t i = 0; i < made.blocks; ++i) {
+      made.block[i] = RowBlock::make<Real>(p, batch, head, first + i);
+    }
+    made.rows = made.block[0];
+    for (int64_t i = 1; i < made.blocks; ++i) {
+      made.rows.count += made.block[i].count, made.rows.vectors += made.block[i].vectors;
+    }
+    return made;
+  }
+};
+
+// What a group brings along: its rows in both layouts, LSE and row terms.
 template <typename T, typename Real, typename Element>
-struct BackwardBlock {
-  RowBlock rows;
+struct BackwardGroup {
+  RowGroup group;
   const Element *queries_by_row, *douts_by_row;
   int64_t query_stride, dout_stride;
   bool finite;
 
-  BackwardBlock(const Problem& p, const BackwardArguments& to, const RowBlock& block,
+  BackwardGroup(const Problem& p, const BackwardArguments& to, const RowGroup& of,
                 const BackwardWorkspace<Real, Element>& w)
-      : rows(block) {
-    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
+      : group(of) {
+    const RowBlock& rows = group.rows;
     queries_by_row = as_summed_rows<T>(p.query, rows, p.head_dim, w.queries_by_row, &query_stride);
     finite = all_finite<Real>(at<const T>(p.query, rows.batch, rows.head, rows.first),
                               p.query.stride[2], rows.count, p.head_dim);
-    load_lse(to.lse, rows, w.lse);
-    std::fill(w.row_term, w.row_term + kRows<Real>, Real(0));
-    std::fill(w.dqueries, w.dqueries + p.head_dim * kRows<Real>, Real(0));
-    if (to.dweights) return;
+    if (!to.dweights) {
+      douts_by_row = as_summed_rows<T>(to.dout, rows, p.value_dim, w.douts_by_row, &dout_stride);
+      finite = finite && all_finite<Real>(at<const T>(to.dout, rows.batch, rows.head, rows.first),
+                                          to.dout.stride[2], rows.count, p.value_dim);
+    }
+    for (int64_t i = 0; i < group.blocks; ++i) {
+      const RowBlock& block = group.block[i];
+      pack_transposed<T>(p.query, block, p.head_dim, query_factor<Real>(p), w.queries[i]);
+      load_lse(to.lse, block, w.lse[i]);
+      std::fill(w.row_term[i], w.row_term[i] + kRows<Real>, Real(0));
+      std::fill(w.dqueries[i], w.dqueries[i] + p.head_dim * kRows<Real>, Real(0));
+      if (to.dweights) continue;
+      pack_transposed<T>(to.dout, block, p.value_dim, Real(1), w.douts[i]);
+      find_row_terms(p, to, block, w.row_term[i]);
+    }
+  }
 
-    pack_transposed<T>(to.dout, rows, p.value_dim, Real(1), w.douts);
-    douts_by_row = as_summed_rows<T>(to.dout, rows, p.value_dim, w.douts_by_row, &dout_stride);
-    finite = finite && all_finite<Real>(at<const T>(to.dout, rows.batch, rows.head, rows.first),
-                                        to.dout.stride[2], rows.count, p.value_dim);
+ private:
+  static void find_row_terms(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+                             Real* row_term) {
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t row = rows.first + i;
       // In double: it is subtracted from every dP, which it nearly cancels where few keys are
@@ -79,10 +131,16 @@ struct BackwardBlock {
       double delta = dot_in_double(at<const T>(to.out, rows.batch, rows.head, row),
                                    at<const T>(to.dout, rows.batch, rows.head, row), p.value_dim);
       if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
-      w.row_term[i] = static_cast<Real>(delta);
-      if (to.row_term) *at<Real>(to.row_term, rows.batch, rows.head, row) = w.row_term[i];
+      row_term[i] = static_cast<Real>(delta);
+      if (to.row_term) *at<Real>(to.row_term, rows.batch, rows.head, row) = row_term[i];
     }
   }
+};
+
+// Some keys of a tile for one block of a group.
+struct Part {
+  int64_t block, key, keys;
+  int64_t key_in_tile, row_in_group;
 };
 
 // dscores += the gradient of the weights, read row by row.
@@ -99,16 +157,17 @@ void load_dweights(const BackwardArguments& to, const RowBlock& rows, int64_t ke
   }
 }
 
-// Scores become (dropped) weights, and dP becomes dS. Minus the row sums of dS go to row_sum if
-// given.
+// Scores become (dropped) weights, and dP becomes dS, in place. Minus the row sums of dS go to
+// row_sum if given.
 template <typename Real, typename Element>
-void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys, Real factor,
+void score_gradients(const Problem& p, const RowBlock& rows, const Part& part, Real factor,
                      const BackwardWorkspace<Real, Element>& w, Real* row_sum) {
-  for (int64_t j = 0; j < keys; ++j) {
+  const Real *lse = w.lse[part.block], *row_term = w.row_term[part.block];
+  for (int64_t j = 0; j < part.keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
       const Vec<Real> s = load(w.scores + index);
-      const Vec<Real> weight = weight_of<Real>(s, factor, w.lse + lane);
+      const Vec<Real> weight = weight_of<Real>(s, factor, lse + lane);
       Vec<Real> gradient = load(w.dscores + index), dropped = weight;
       if (p.dropout_p > 0) {
         const Vec<Real> keep = load(w.keep + index);
@@ -116,7 +175,7 @@ void score_gradients(const Problem& p, const RowBlock& rows, int64_t keys, Real 
         dropped *= keep;
       }
       const Vec<Real> hidden{};
-      const Vec<Real> delta = row_sum ? hidden : load(w.row_term + lane);
+      const Vec<Real> delta = row_sum ? hidden : load(row_term + lane);
       gradient = s == -kInfinity<Real> ? hidden : weight * (gradient - delta);
       store<Real>(w.scores + index, dropped);
       store<Real>(w.dscores + index, gradient);
@@ -134,43 +193,131 @@ void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int
   }
 }
 
-// Scores and their gradients as bfloat16 operands, see BackwardWorkspace; keys up to the next even
-// number, so that a last pair's second weight is 0.
+// A part's place among the operands of its tile.
 template <typename Real, typename Element>
-void pack_gradients(const RowBlock& rows, int64_t keys, const BackwardWorkspace<Real, Element>& w) {
-  if constexpr (kDepth<Element> == 2) {
-    constexpr int64_t kStride = kRows<Real>, kW = kLanes<Real>;
-    for (int64_t j = 0; j < keys; j += 2) {
-      for (int64_t lane = 0; lane < rows.vectors * kW; lane += kW) {
-        const int64_t index = j * kStride + lane;
-        const bool odd = j + 1 < keys;
-        const auto second = [&](const Real* from) {
-          return odd ? load(from + index + kStride) : Vec<Real>{};
-        };
-        const Words weights = round_both(load(w.scores + index), second(w.scores));
-        const Words gradients = round_both(load(w.dscores + index), second(w.dscores));
-        store_halves(w.weights + index / 2, w.weights + (index + kStride) / 2, weights);
-        store_halves(w.gradients + index / 2, w.gradients + (index + kStride) / 2, gradients);
-        store_packed(w.gradients_by_key + j / 2 * kStride + lane, as_pairs(gradients));
-      }
+struct OperandsOfPart {
+  static constexpr int64_t kStride = kGroupRows<Real> / kDepth<Element>;  // from key to key
+  Element *weights, *gradients, *gradients_by_key;
+
+  OperandsOfPart(const BackwardWorkspace<Real, Element>& w, const Part& part) {
+    const int64_t offset = part.key_in_tile * kStride + part.row_in_group / kDepth<Element>;
+    weights = w.weights + offset, gradients = w.gradients + offset;
+    gradients_by_key =
+        w.gradients_by_key[part.block] + part.key_in_tile / kDepth<Element> * kRows<Real>;
+  }
+
+  void clear(const RowBlock& rows, int64_t keys) const {
+    const int64_t row_elements = rows.vectors * kLanes<Real> / kDepth<Element>;
+    for (int64_t j = 0; j < keys; ++j) {
+      std::fill_n(weights + j * kStride, row_elements, Element{});
+      std::fill_n(gradients + j * kStride, row_elements, Element{});
     }
+    std::fill_n(gradients_by_key, (keys + 1) / kDepth<Element> * kRows<Real>, Element{});
+  }
+};
+
+template <typename Real>
+struct WeightAndGradient {
+  Vec<Real> weight{}, gradient{};
+};
+
+// One or two vectors of rows, from `lane` on, as bfloat16 operands: of(index, vector) gives the
+// weights and gradients at an index of the scores. Of keys up to the next even number, so that a
+// last pair's second gradient is 0.
+template <int kVectors, typename Real, typename Element, typename Of>
+inline __attribute__((always_inline)) void write_operands(const OperandsOfPart<Real, Element>& to,
+                                                          int64_t keys, int64_t lane, Of of) {
+  constexpr int64_t kStride = to.kStride, kW = kLanes<Real>;
+  const auto two_keys = [&](int64_t j, bool odd) __attribute__((always_inline)) {
+    WeightAndGradient<Real> first[2], second[2];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t index = j * kRows<Real> + lane + v * kW;
+      first[v] = of(index, v);
+      if (odd) second[v] = of(index + kRows<Real>, v);
+    }
+    Element *weights = to.weights + j * kStride + lane / 2, *next_weights = weights + kStride;
+    Element *gradients = to.gradients + j * kStride + lane / 2,
+            *next_gradients = gradients + kStride;
+    Element* by_key = to.gradients_by_key + j / 2 * kRows<Real> + lane;
+    if (kVectors == 2) {
+      store_packed(weights, round_both(first[0].weight, first[1].weight));
+      store_packed(next_weights, round_both(second[0].weight, second[1].weight));
+      const Words low = round_both(first[0].gradient, first[1].gradient);
+      const Words high = round_both(second[0].gradient, second[1].gradient);
+      store_packed(gradients, low);
+      store_packed(next_gradients, high);
+      store_packed(by_key, pairs_of_two<false>(low, high));
+      store_packed(by_key + kW, pairs_of_two<true>(low, high));
+    } else {
+      store_halves(weights, next_weights, round_both(first[0].weight, second[0].weight));
+      const Words both = round_both(first[0].gradient, second[0].gradient);
+      store_halves(gradients, next_gradients, both);
+      store_packed(by_key, as_pairs(both));
+    }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2) two_keys(j, true);
+  if (j < keys) two_keys(j, false);
+}
+
+// Weights and gradients as score_gradients left them, as operands.
+template <typename Real, typename Element>
+void pack_gradients(const RowBlock& rows, const Part& part,
+                    const BackwardWorkspace<Real, Element>& w) {
+  const OperandsOfPart<Real, Element> to(w, part);
+  for (int64_t v = 0; v < rows.vectors; ++v) {
+    write_operands<1>(to, part.keys, v * kLanes<Real>, [&](int64_t index, int) {
+      return WeightAndGradient<Real>{load(w.scores + index), load(w.dscores + index)};
+    });
   }
 }
 
-// The three products of a tile, for each visible pair by itself: a hidden pair's weight is 0, but
+// Scores and dP as operands, at once: what score_gradients and pack_gradients make where nothing
+// else needs to see the gradients. LSE's low part is left out, since weights are rounded to
+// bfloat16.
+template <bool kKeep, typename Real, typename Element>
+void gradients_as_operands(const RowBlock& rows, const Part& part, Real factor,
+                           const BackwardWorkspace<Real, Element>& w) {
+  constexpr int64_t kW = kLanes<Real>;
+  const OperandsOfPart<Real, Element> to(w, part);
+  const auto write = [&](auto vectors, int64_t lane) {
+    const Real *lse = w.lse[part.block] + lane, *row_term = w.row_term[part.block] + lane;
+    const Vec<Real> shift[2] = {load(lse), vectors == 2 ? load(lse + kW) : Vec<Real>{}};
+    const Vec<Real> delta[2] = {load(row_term), vectors == 2 ? load(row_term + kW) : Vec<Real>{}};
+    const Real *s = w.scores, *dscores = w.dscores, *keep = w.keep;
+    write_operands<vectors>(
+        to, part.keys, lane, [&](int64_t index, int v) __attribute__((always_inline)) {
+          const RoughExp2<Element> weight(load(s + index) * factor - shift[v]);
+          const Vec<Real> dweight = load(dscores + index);
+          if (!kKeep)
+            return WeightAndGradient<Real>{weight.power, weight.times(dweight - delta[v])};
+          const Vec<Real> kept = load(keep + index);
+          return WeightAndGradient<Real>{weight.power * kept,
+                                         weight.times(dweight * kept - delta[v])};
+        });
+  };
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  int64_t v = 0;
+  for (; v + 2 <= rows.vectors; v += 2) write(kTwo, v * kW);
+  if (v < rows.vectors) write(kOne, v * kW);
+}
+
+// The three products of a part, for each visible pair by itself: a hidden pair's weight is 0, but
 // 0 * NaN is NaN. For tiles where a hidden query, key or output gradient is not finite.
 template <typename T, typename Real, typename Element>
 void accumulate_carefully(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
-                          int64_t key, int64_t keys, const BackwardWorkspace<Real, Element>& w) {
+                          const Part& part, const BackwardWorkspace<Real, Element>& w) {
   const auto add = [](Real weight, const T* from, int64_t width, Real* sum, int64_t step) {
     for (int64_t d = 0; d < width; ++d) {
       sum[d * step] += weight * static_cast<Real>(to_float(from[d]));
     }
   };
-  for (int64_t j = 0; j < keys; ++j) {
-    const T* k = at<const T>(p.key, rows.batch, rows.key_head, key + j);
-    Real* dkey = w.dkeys + (key + j) * padded<Real>(p.head_dim);
-    Real* dvalue = w.dvalues + (key + j) * padded<Real>(p.value_dim);
+  for (int64_t j = 0; j < part.keys; ++j) {
+    const int64_t key = part.key + j;
+    const T* k = at<const T>(p.key, rows.batch, rows.key_head, key);
+    Real* dkey = w.dkeys + key * padded<Real>(p.head_dim);
+    Real* dvalue = w.dvalues + key * padded<Real>(p.value_dim);
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t index = j * kRows<Real> + i, row = rows.first + i;
       if (w.hidden[index]) continue;
@@ -179,90 +326,167 @@ void accumulate_carefully(const Problem& p, const BackwardArguments& to, const R
             1);
       }
       add(w.dscores[index], at<const T>(p.query, rows.batch, rows.head, row), p.head_dim, dkey, 1);
-      add(w.dscores[index], k, p.head_dim, w.dqueries + i, kRows<Real>);
+      add(w.dscores[index], k, p.head_dim, w.dqueries[part.block] + i, kRows<Real>);
+    }
+  }
+}
+
+// A tile's keys and values as they are multiplied from the left.
+template <typename Element>
+struct BackwardTile {
+  const Element *keys, *values;
+  int64_t key_stride, value_stride;
+  bool careful;  // see accumulate_carefully
+};
+
+// Weights and dS of a part, as operands, or with care all that becomes of them.
+template <typename T, typename Real, typename Element>
+void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+                   TileKind kind, const Part& part, const BackwardTile<Element>& tile,
+                   const BackwardWorkspace<Real, Element>& w) {
+  constexpr int64_t kStep = kDepth<Element>, kStride = kRows<Real>;
+  const Real factor =
+      compute_scores(p, rows, kind, part.key, part.keys, w.queries[part.block],
+                     tile.keys + part.key_in_tile * tile.key_stride, tile.key_stride, w.scores,
+                     static_cast<Real*>(nullptr), w.slope);
+  if (tile.careful) record_hidden(w.scores, part.keys, w.hidden);
+  if (to.dweights) {
+    load_dweights<T>(to, rows, part.key, part.keys, w.dscores);
+  } else {
+    multiply<false>(part.keys, rows.vectors, (p.value_dim + kStep - 1) / kStep,
+                    tile.values + part.key_in_tile * tile.value_stride, tile.value_stride,
+                    w.douts[part.block], kStride, Into<Real>{w.dscores, kStride});
+  }
+  if (p.dropout_p > 0) dropout_factors(p, rows, part.key, part.keys, w.keep);
+  if constexpr (kStep == 2) {
+    if (!to.dweights && !to.dmask && p.softcap == 0 && !tile.careful) {
+      return p.dropout_p > 0 ? gradients_as_operands<true>(rows, part, factor, w)
+                             : gradients_as_operands<false>(rows, part, factor, w);
+    }
+  }
+  score_gradients(p, rows, part, factor, w, to.dweights ? w.row_term[part.block] : nullptr);
+  if (to.dmask) {
+    const bool wide = to.dmask.dtype == DType::kFloat64;
+    (wide ? add_mask_gradient<double, Real>
+          : add_mask_gradient<float, Real>)(to.dmask, rows, part.key, part.keys, w.dscores);
+  }
+  if (p.softcap != 0) {
+    for (int64_t i = 0; i < part.keys * kStride; ++i) w.dscores[i] *= w.slope[i];
+  }
+  if (tile.careful) return accumulate_carefully<T>(p, to, rows, part, w);
+  if constexpr (kStep == 2) pack_gradients(rows, part, w);
+}
+
+// Which parts of a tile are visible, and what the first and the last of them enclose.
+struct VisibleParts {
+  TileKind kind[kGroupBlocks][kParts];
+  int64_t first_block = kGroupBlocks, end_block = 0, first_key = kKeys, end_key = 0;
+  bool any_edge = false;
+
+  VisibleParts(const Problem& p, const RowGroup& group, int64_t key, int64_t keys) {
+    for (int64_t block = 0; block < group.blocks; ++block) {
+      for (int64_t first = 0; first < keys; first += kPartKeys) {
+        const int64_t end = std::min(first + kPartKeys, keys);
+        TileKind& found = kind[block][first / kPartKeys];
+        found = classify(p, group.block[block], key + first, end - first);
+        if (found == TileKind::kSkip) continue;
+        any_edge |= found == TileKind::kEdge;
+        first_block = std::min(first_block, block), end_block = block + 1;
+        first_key = std::min(first_key, first), end_key = std::max(end_key, end);
+      }
+    }
+  }
+  bool none() const { return end_block == 0; }
+};
+
+template <typename T, typename Real, typename Element>
+void backward_tile(const Problem& p, const BackwardArguments& to,
+                   const BackwardGroup<T, Real, Element>& of, int64_t key, int64_t keys,
+                   const PackedColumns<T, Element>& packed,
+                   const BackwardWorkspace<Real, Element>& w) {
+  constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
+  const RowGroup& group = of.group;
+  const RowBlock& all = group.rows;
+  const VisibleParts visible(p, group, key, keys);
+  if (visible.none()) return;
+
+  const T* from = at<const T>(p.key, all.batch, all.key_head, key);
+  BackwardTile<Element> tile{};
+  tile.keys = as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &tile.key_stride);
+  if (!to.dweights) {
+    tile.values = as_block<T>(at<const T>(p.value, all.batch, all.key_head, key), p.value.stride[2],
+                              keys, p.value_dim, false, w.values, &tile.value_stride);
+  }
+  tile.careful =
+      visible.any_edge && !(of.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
+  for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
+    const RowBlock& rows = group.block[block];
+    for (int64_t first = visible.first_key; first < visible.end_key; first += kPartKeys) {
+      const Part part{block, key + first, std::min(kPartKeys, visible.end_key - first), first,
+                      rows.first - all.first};
+      const TileKind kind = visible.kind[block][first / kPartKeys];
+      if (kind != TileKind::kSkip) {
+        backward_part<T>(p, to, rows, kind, part, tile, w);
+      } else if (!tile.careful) {
+        OperandsOfPart<Real, Element>(w, part).clear(rows, part.keys);
+      }
+    }
+  }
+  if (tile.careful) return;
+
+  const int64_t first_key = visible.first_key, count = visible.end_key - first_key;
+  const int64_t first_row = group.block[visible.first_block].first - all.first;
+  const RowBlock& last = group.block[visible.end_block - 1];
+  const int64_t row_elements =
+      (last.first + last.count - all.first - first_row + kStep - 1) / kStep;
+  const auto over_rows = [&](const Element* weights, const Element* by_row, int64_t stride,
+                             int64_t width, Real* sums) {
+    width = padded<Real>(width);
+    multiply<false>(count, width / kLanes<Real>, row_elements,
+                    weights + first_key * kStride + first_row / kStep, kStride,
+                    by_row + first_row / kStep * stride, stride,
+                    Into<Real>{sums + (key + first_key) * width, width, true});
+  };
+  if (!to.dweights) over_rows(w.weights, of.douts_by_row, of.dout_stride, p.value_dim, w.dvalues);
+  over_rows(w.gradients, of.queries_by_row, of.query_stride, p.head_dim, w.dkeys);
+  const Element* columns = nullptr;
+  if constexpr (kStep == 2) columns = packed.tile(all, key, keys, w.key_columns);
+  for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
+    const Into<Real> dqueries{w.dqueries[block], kRows<Real>, true};
+    const int64_t vectors = group.block[block].vectors;
+    const Element* by_key = w.gradients_by_key[block] + first_key / kStep * kRows<Real>;
+    if constexpr (kStep == 1) {
+      multiply<true>(p.head_dim, vectors, count, tile.keys + first_key * tile.key_stride,
+                     tile.key_stride, by_key, kRows<Real>, dqueries);
+    } else {
+      multiply<false>(p.head_dim, vectors, (count + 1) / 2, columns + first_key / 2, kKeys / 2,
+                      by_key, kRows<Real>, dqueries);
     }
   }
 }
 
 template <typename T, typename Real, typename Element>
-void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardBlock<T, Real, Element>& block, TileKind kind, int64_t key,
-                   int64_t keys, const PackedColumns<T, Element>& packed,
-                   const BackwardWorkspace<Real, Element>& w) {
-  constexpr int64_t kStep = kDepth<Element>, kStride = kRows<Real>;
-  const RowBlock& rows = block.rows;
-  const T* from = at<const T>(p.key, rows.batch, rows.key_head, key);
-  int64_t k_stride, v_stride;
-  const Element* k = as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &k_stride);
-  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, k_stride, w.scores,
-                                     static_cast<Real*>(nullptr), w.slope);
-  const bool careful = kind == TileKind::kEdge &&
-                       !(block.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
-  if (careful) record_hidden(w.scores, keys, w.hidden);
-
-  if (to.dweights) {
-    load_dweights<T>(to, rows, key, keys, w.dscores);
-  } else {
-    const Element* v =
-        as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key), p.value.stride[2], keys,
-                    p.value_dim, false, w.values, &v_stride);
-    multiply<false>(keys, rows.vectors, (p.value_dim + kStep - 1) / kStep, v, v_stride, w.douts,
-                    kStride, Into<Real>{w.dscores, kStride});
-  }
-  if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
-  score_gradients(p, rows, keys, factor, w, to.dweights ? w.row_term : nullptr);
-  if (to.dmask) {
-    const bool wide = to.dmask.dtype == DType::kFloat64;
-    (wide ? add_mask_gradient<double, Real> : add_mask_gradient<float, Real>)(to.dmask, rows, key,
-                                                                              keys, w.dscores);
-  }
-  if (p.softcap != 0) {
-    for (int64_t i = 0; i < keys * kStride; ++i) w.dscores[i] *= w.slope[i];
-  }
-  if (careful) return accumulate_carefully<T>(p, to, rows, key, keys, w);
-
-  pack_gradients(rows, keys, w);
-  const int64_t width = padded<Real>(p.head_dim), value_width = padded<Real>(p.value_dim);
-  const int64_t row_elements = (rows.count + kStep - 1) / kStep;
-  if (!to.dweights) {
-    multiply<false>(keys, value_width / kLanes<Real>, row_elements, w.weights, kStride / kStep,
-                    block.douts_by_row, block.dout_stride,
-                    Into<Real>{w.dvalues + key * value_width, value_width, true});
-  }
-  multiply<false>(keys, width / kLanes<Real>, row_elements, w.gradients, kStride / kStep,
-                  block.queries_by_row, block.query_stride,
-                  Into<Real>{w.dkeys + key * width, width, true});
-  const Into<Real> dqueries{w.dqueries, kStride, true};
-  if constexpr (kStep == 1) {
-    multiply<true>(p.head_dim, rows.vectors, keys, k, k_stride, w.gradients_by_key, kStride,
-                   dqueries);
-  } else {
-    multiply<false>(p.head_dim, rows.vectors, (keys + 1) / 2,
-                    packed.tile(rows, key, keys, w.key_columns), kKeys / 2, w.gradients_by_key,
-                    kStride, dqueries);
-  }
-}
-
-template <typename T, typename Real, typename Element>
-void backward_block(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+void backward_group(const Problem& p, const BackwardArguments& to, const RowGroup& group,
                     const PackedColumns<T, Element>& packed,
                     const BackwardWorkspace<Real, Element>& w) {
-  const BackwardBlock<T, Real, Element> block(p, to, rows, w);
-  const KeyRange range(p, rows);
+  const BackwardGroup<T, Real, Element> of(p, to, group, w);
+  const KeyRange range(p, group.rows);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const int64_t keys = std::min(kKeys, range.end - key);
-    const TileKind kind = classify(p, rows, key, keys);
-    if (kind != TileKind::kSkip) backward_tile<T>(p, to, block, kind, key, keys, packed, w);
+    backward_tile<T>(p, to, of, key, std::min(kKeys, range.end - key), packed, w);
   }
-  T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first);
-  const int64_t stride = to.dquery.stride[2];
   const Real scale = static_cast<Real>(p.scale);
-  for_each_row(w.dqueries, p.head_dim, rows, [=](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-    store_some<Real>(dquery + i * stride + d, x * scale, count);
-  });
-  if (!to.dweights) return;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    *at<Real>(to.row_term, rows.batch, rows.head, rows.first + i) = w.row_term[i];
+  for (int64_t block = 0; block < group.blocks; ++block) {
+    const RowBlock& rows = group.block[block];
+    T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first);
+    const int64_t stride = to.dquery.stride[2];
+    for_each_row(w.dqueries[block], p.head_dim, rows,
+                 [=](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+                   store_some<Real>(dquery + i * stride + d, x * scale, count);
+                 });
+    if (!to.dweights) continue;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      *at<Real>(to.row_term, rows.batch, rows.head, rows.first + i) = w.row_term[block][i];
+    }
   }
 }
 
@@ -273,21 +497,25 @@ inline bool mask_is_shared(const Problem& p, const BackwardArguments& to) {
                       (to.dmask.stride[1] == 0 && p.query_heads > 1));
 }
 
-// One thread's part of a pair: of every `step` query blocks of the heads that share a key head,
-// one; or, under a shared mask gradient, one of every `step` row blocks with all of its heads.
+// One of `threads` threads' part of a pair: the groups of the heads that share a key head, in turns
+// that change direction each time, since causal work grows from one to the next; or, under a shared
+// mask gradient, groups with all of these heads.
 template <typename T, typename Real, typename Element>
-void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t first,
-                   int64_t step, const PackedColumns<T, Element>& packed,
+void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t groups,
+                   int64_t thread, int64_t threads, const PackedColumns<T, Element>& packed,
                    const BackwardWorkspace<Real, Element>& w) {
-  const int64_t group = p.query_heads / p.key_heads, batch = pair / p.key_heads;
-  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
-  const int64_t heads_at_once = mask_is_shared(p, to) ? group : 1;
+  const int64_t heads = p.query_heads / p.key_heads, batch = pair / p.key_heads;
+  const int64_t heads_at_once = mask_is_shared(p, to) ? heads : 1;
+  const int64_t items = heads / heads_at_once * groups;
   std::fill(w.dkeys, w.dkeys + p.key_length * padded<Real>(p.head_dim), Real(0));
   std::fill(w.dvalues, w.dvalues + p.key_length * padded<Real>(p.value_dim), Real(0));
-  for (int64_t item = first; item < group / heads_at_once * blocks; item += step) {
-    const int64_t first_head = pair % p.key_heads * group + item / blocks;
+  for (int64_t turn = 0; turn * threads < items; ++turn) {
+    const int64_t item = turn * threads + (turn % 2 ? threads - 1 - thread : thread);
+    if (item >= items) continue;
+    const int64_t first_head = pair % p.key_heads * heads + item / groups;
     for (int64_t head = first_head; head < first_head + heads_at_once; ++head) {
-      backward_block<T>(p, to, RowBlock::make<Real>(p, batch, head, item % blocks), packed, w);
+      const auto group = RowGroup::make<Real>(p, batch, head, item % groups, groups);
+      backward_group<T>(p, to, group, packed, w);
     }
   }
 }
@@ -335,7 +563,9 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   const PerThread<BackwardWorkspace<Real, Element>> workspaces(threads, p);
   std::vector<BackwardWorkspace<Real, Element>> parts;
   for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
-  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p), heads = p.query_heads / p.key_heads;
+  int64_t groups = (blocks + kGroupBlocks - 1) / kGroupBlocks;
+  if (!by_pair) groups = std::max(groups, std::min(blocks, (threads + heads - 1) / heads));
   const PackedColumns<T, Element> packed(p, p.key, p.head_dim, blocks);
   if (by_pair) {
 #pragma omp parallel num_threads(threads)
@@ -345,7 +575,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
       BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        backward_pair(p, to, pair, 0, 1, packed, *own);
+        backward_pair(p, to, pair, groups, 0, 1, packed, *own);
         for (int64_t row = 0; row < p.key_length; ++row) {
           write_key_gradients<T>(p, to, pair, row, own, 1);
         }
@@ -361,7 +591,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
       // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < threads; ++part) {
-        backward_pair(p, to, pair, part, threads, packed, parts[part]);
+        backward_pair(p, to, pair, groups, part, threads, packed, parts[part]);
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.key_length; ++row) {

@@ -29,29 +29,62 @@ inline __attribute__((always_inline)) void begin_sum(const float* c, int64_t str
   }
 }
 
+// Where the four sums in registers 0 to 3 go, which are stored while the next block is multiplied:
+// a store that waits for the product before it fills a core's window, as it is of more than sixty
+// of its instructions.
+class SumsToStore {
+ public:
+  void set(float* c, int64_t stride) { c_ = c, stride_ = stride; }
+  // Before register kSum is used again.
+  template <int kSum>
+  inline __attribute__((always_inline)) void store() const {
+    if (c_) store_tile<kSum>(c_ + kSum / 2 * kTileSide * stride_ + kSum % 2 * kTileSide, stride_);
+  }
+  void store_all() {
+    store<0>(), store<1>(), store<2>(), store<3>();
+    c_ = nullptr;
+  }
+
+ private:
+  float* c_ = nullptr;
+  int64_t stride_ = 0;
+};
+
 // C (tall x wide tiles) = A B or C += A B, `depth` being that of whole tiles. The sums are in
-// registers 0 to 3, A's tiles in 4 and 5, B's in 6 and 7.
+// registers 0 to 3, A's tiles in 4 and 5, B's in 6 and 7. Sums of two by two tiles are left to
+// `unstored`.
 template <int kTall, int kWide, typename Meanwhile>
 inline __attribute__((always_inline)) void multiply_tiles(int64_t depth, const BFloat16Pair* a,
                                                           int64_t lda, const BFloat16Pair* b,
                                                           int64_t ldb, const Into<float>& into,
+                                                          SumsToStore& unstored,
                                                           Meanwhile& meanwhile) {
   constexpr auto kSums = std::make_integer_sequence<int, kTall * kWide>{};
   const auto place = [&](int sum) {
     return into.c + sum / kWide * kTileSide * into.stride + sum % kWide * kTileSide;
   };
-  for_each_index(kSums,
-                 [&](auto sum) { begin_sum<sum>(place(sum), into.stride, into.accumulate); });
-  for (int64_t k = 0; k < depth; k += kTileSide) {
+  if (kTall * kWide < 4) unstored.store_all();
+  const auto step = [&](int64_t k, auto first) {
     for_each_index(kSums, [&](auto sum) {
       constexpr int kRow = sum / kWide, kColumn = sum % kWide;
+      if (first) {
+        unstored.template store<sum>();
+        begin_sum<sum>(place(sum), into.stride, into.accumulate);
+      }
       if (kColumn == 0) load_tile<4 + kRow>(a + kRow * kTileSide * lda + k, lda);
       if (kRow == 0) load_tile<6 + kColumn>(b + k * ldb + kColumn * kTileSide, ldb);
       multiply_add_tiles<sum, 4 + kRow, 6 + kColumn>();
       meanwhile();
     });
+  };
+  step(0, std::true_type{});
+  for (int64_t k = kTileSide; k < depth; k += kTileSide) step(k, std::false_type{});
+  if (kTall * kWide == 4) {
+    unstored.set(into.c, into.stride);
+    if (into.top) unstored.store_all();
+  } else {
+    for_each_index(kSums, [&](auto sum) { store_tile<sum>(place(sum), into.stride); });
   }
-  for_each_index(kSums, [&](auto sum) { store_tile<sum>(place(sum), into.stride); });
   if (!into.top) return;
   for (int n = 0; n < kWide * kTileSide; n += kTileSide) {
     Vec<float> top = load(into.top + n);
@@ -97,13 +130,15 @@ void multiply_by_four(int64_t rows, const BFloat16Pair* a, int64_t lda, const BF
 // for every store before it, those of tiles included.
 template <bool kRowsAdjacent, typename Meanwhile>
 void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
-              const BFloat16Pair* b, int64_t ldb, const Into<float>& to, Meanwhile& meanwhile) {
+              const BFloat16Pair* b, int64_t ldb, const Into<float>& to, SumsToStore& unstored,
+              Meanwhile& meanwhile) {
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   const auto by_vectors = multiply<false, BFloat16Pair, float>;
   if (to.next) to.next->ask<false>(std::numeric_limits<int64_t>::max());  // not spread here
   const int64_t tile_depth = depth / kTileSide * kTileSide;
   const int64_t tile_rows = tile_depth > 0 ? rows / kTileSide * kTileSide : 0;
   if (tile_rows < rows) {
+    unstored.store_all();
     by_vectors(rows - tile_rows, vectors, depth, a + tile_rows * lda, lda, b, ldb,
                to.at(tile_rows, 0));
   }
@@ -111,11 +146,13 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   bool accumulate = to.accumulate;
   if (tile_depth < depth || to.scale) {
     // First, so that the maxima are of the whole sums; over no depth at all it only scales.
+    unstored.store_all();
     by_vectors(tile_rows, vectors, depth - tile_depth, a + tile_depth, lda, b + tile_depth * ldb,
                ldb, {to.c, to.stride, accumulate, to.scale});
     accumulate = true;
   }
   if (tile_depth == 2 * kTileSide && vectors == 2 && !to.top) {
+    unstored.store_all();
     return multiply_by_four(tile_rows, a, lda, b, ldb, to.c, to.stride, accumulate, meanwhile);
   }
   for (int64_t row = 0; row < tile_rows; row += 2 * kTileSide) {
@@ -127,7 +164,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
             tile_depth, a + row * lda, lda, b + column, ldb,
             Into<float>{to.c + row * to.stride + column, to.stride, accumulate, nullptr,
                         to.top ? to.top + column : nullptr},
-            meanwhile);
+            unstored, meanwhile);
       };
       constexpr std::integral_constant<int, 1> kOne;
       constexpr std::integral_constant<int, 2> kTwo;
@@ -138,6 +175,14 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
       }
     }
   }
+}
+
+template <bool kRowsAdjacent, typename Meanwhile>
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
+              const BFloat16Pair* b, int64_t ldb, const Into<float>& to, Meanwhile& meanwhile) {
+  SumsToStore unstored;
+  multiply<kRowsAdjacent>(rows, vectors, depth, a, lda, b, ldb, to, unstored, meanwhile);
+  unstored.store_all();
 }
 
 template <bool kRowsAdjacent>

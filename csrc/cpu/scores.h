@@ -261,10 +261,11 @@ int64_t score_depth(const Problem& p) {
   return (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
 }
 
-// The next tile's entries of a mask, whose rows are too far apart for the processor to guess.
+// A mask's entries for the keys that come next, as its rows are too far apart for the processor to
+// guess.
 template <typename Real>
 Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key) {
-  const int64_t width = std::min(kKeys, p.key_length - key);
+  const int64_t width = std::min(kPartKeys, p.key_length - key);
   if (!p.mask || p.mask.stride[2] == 0 || p.mask.stride[3] != 1 || width <= 0) return {};
   Upcoming next;
   with_mask_type<Real>(p.mask.dtype, [&](auto type) {

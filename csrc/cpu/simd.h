@@ -458,6 +458,10 @@ struct PackedOf<BFloat16Pair> {
   using Type = Words;
 };
 
+// 2^x as accurate as operands of bfloat16 products need it; also which results are not 0.
+template <typename Element>
+struct RoughExp2;
+
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
 // The bits of 2^(i / 32), less i << 18: to which 32 times the exponent, with i as its low bits, is
 // added once shifted by 18.
@@ -474,21 +478,31 @@ struct Exp2Steps {
 };
 constexpr Exp2Steps kExp2Steps;
 
-// The same for results that are rounded to bfloat16, with a relative error below 2e-7: four of
-// twelve instructions multiply. While AMX multiplies tiles only one of two units works on vectors
-// (measured on Emerald Rapids), and this leaves six instructions to it.
-inline Vec<float> exp2_by_table(Vec<float> x) {
-  const __m512 wide = (__m512)x;
-  const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
-  const Vec<float> rest = (Vec<float>)_mm512_reduce_ps(wide, 5 << 4);  // x without them
-  const __m512i step =
-      _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits), (__m512i)shifted,
-                                _mm512_load_si512(kExp2Steps.bits + 16));
-  const __mmask16 normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const Vec<float> power =
-      (Vec<float>)_mm512_maskz_add_epi32(normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
-  return power * rest * (rest * 0.24022651f + 0.69315734f) + power;
-}
+// From a table, with a relative error below 2e-7: four of twelve instructions multiply. While AMX
+// multiplies tiles only one of two units works on vectors (measured on Emerald Rapids), and this
+// leaves six instructions to it.
+template <>
+struct RoughExp2<BFloat16Pair> {
+  Vec<float> power;
+  __mmask16 normal;
+
+  explicit RoughExp2(Vec<float> x) {
+    const __m512 wide = (__m512)x;
+    const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
+    const Vec<float> rest = (Vec<float>)_mm512_reduce_ps(wide, 5 << 4);  // x without them
+    const __m512i step =
+        _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits), (__m512i)shifted,
+                                  _mm512_load_si512(kExp2Steps.bits + 16));
+    normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    const Vec<float> whole =
+        (Vec<float>)_mm512_maskz_add_epi32(normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
+    power = whole * rest * (rest * 0.24022651f + 0.69315734f) + whole;
+  }
+  // power * y, but 0 where power is, whatever y.
+  Vec<float> times(Vec<float> y) const {
+    return (Vec<float>)_mm512_maskz_mul_ps(normal, (__m512)power, (__m512)y);
+  }
+};
 #endif
 
 // exp2 as accurate as what is made of it.
@@ -497,7 +511,7 @@ inline Vec<typename PackedOf<Element>::Real> exp2_for(Vec<typename PackedOf<Elem
   if constexpr (kDepth<Element> == 1) {
     return exp2<Element>(x);
   } else {
-    return exp2_by_table(x);
+    return RoughExp2<Element>(x).power;
   }
 }
 
@@ -528,6 +542,10 @@ Vec<float> multiply_add(BFloat16Pair a, Words b, Vec<float> sum);
 Words round_both(Vec<float> first, Vec<float> second);
 // What round_both gave, as pairs (first, second); or stored in two places.
 Words as_pairs(Words halves);
+// Of what round_both gave twice, each value of the first with that of the second at its place: the
+// pairs of the low halves' values, or of the high halves'.
+template <bool kHigh>
+Words pairs_of_two(Words first, Words second);
 // The pairs of two vectors of weights; what a NaN becomes does not matter, their sum tells of it.
 Words pairs_of_weights(Vec<float> first, Vec<float> second);
 void store_halves(BFloat16Pair* first, BFloat16Pair* second, Words halves);
@@ -551,6 +569,18 @@ inline Words as_pairs(Words halves) {
   Shorts order;  // 0, 16, 1, 17, ...
   for (int i = 0; i < 2 * kWordLanes; ++i) order[i] = static_cast<uint16_t>(i % 2 * 16 + i / 2);
   return (Words)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
+}
+template <bool kHigh, int... kIndex>
+inline Words interleave_words(Words first, Words second, std::integer_sequence<int, kIndex...>) {
+  typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
+  constexpr int kCount = 2 * kWordLanes, kFirst = kHigh ? kWordLanes : 0;
+  return reinterpret_cast<Words>(
+      __builtin_shufflevector(reinterpret_cast<Shorts>(first), reinterpret_cast<Shorts>(second),
+                              (kIndex % 2 * kCount + kFirst + kIndex / 2)...));
+}
+template <bool kHigh>
+inline Words pairs_of_two(Words first, Words second) {
+  return interleave_words<kHigh>(first, second, std::make_integer_sequence<int, 2 * kWordLanes>{});
 }
 inline Words pairs_of_weights(Vec<float> first, Vec<float> second) {
 #ifdef ATTN_EXT_AMX_PRODUCTS
