@@ -33,7 +33,6 @@ extensions = [
         [
             "csrc/bindings_cpu.cpp",
             "csrc/cpu/amx.cpp",
-            "csrc/cpu/amx_backward.cpp",
             "csrc/cpu/avx512.cpp",
             "csrc/cpu/avx512_bf16.cpp",
             "csrc/cpu/avx2.cpp",

@@ -1,5 +1,4 @@
-// AVX-512 with bfloat16 products by the tiles of AMX: Sapphire Rapids and later. The backward pass
-// is in amx_backward.cpp.
+// AVX-512 with bfloat16 products by the tiles of AMX: Sapphire Rapids and later.
 #include "headers.h"
 
 #if defined(__x86_64__)
@@ -14,7 +13,7 @@
 namespace attn_ext {
 #ifdef ATTN_EXT_EMULATE_AMX
 const Kernels kAmxKernels = {"amx_emulated", [] { return kAvx512Bf16Kernels.available(); },
-                             run_forward,    run_amx_backward,
+                             run_forward,    run_backward,
                              run_weights,    run_linear};
 #else
 namespace {
@@ -34,7 +33,7 @@ const Kernels kAmxKernels = {"amx",
                                       __builtin_cpu_supports("amx-bf16") && tiles_are_granted();
                              },
                              run_forward,
-                             run_amx_backward,
+                             run_backward,
                              run_weights,
                              run_linear};
 #endif

@@ -10,17 +10,13 @@
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
-// With AMX several tiles are under way at a time (forward_amx.h). Tested against
-// backends/reference.py in tests/test_contract.py.
+// Tested against backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
 struct ForwardWorkspace {
   Element *queries, *keys, *values, *weights;
   Real *scores, *output, *keep, *max, *sum, *scale, *top;
   uint8_t* hidden;
-#ifdef ATTN_EXT_AMX_PRODUCTS
-  Real *next_scores, *next_scale;  // of the tile that is begun before the one before it is done
-#endif
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
     const int64_t tile = kKeys * kRows<Real>;
@@ -29,10 +25,6 @@ struct ForwardWorkspace {
     values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
     scores = arena.take<Real>(tile);
     weights = reinterpret_cast<Element*>(scores);
-#ifdef ATTN_EXT_AMX_PRODUCTS
-    next_scores = arena.take<Real>(tile);
-    next_scale = arena.take<Real>(kRows<Real>);
-#endif
     output = arena.take<Real>(p.value_dim * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
     max = arena.take<Real>(kRows<Real>);
@@ -180,10 +172,6 @@ void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
   std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
 }
 
-#ifdef ATTN_EXT_AMX_PRODUCTS
-#include "forward_amx.h"
-#endif
-
 // All tiles of a range, one after another; `careful` as in forward_tile. Returns whether any of
 // them has hidden pairs.
 template <typename T, typename Real, typename Element>
@@ -216,14 +204,7 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
   for (bool careful : {false, true}) {
     std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
     std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
-#ifdef ATTN_EXT_AMX_PRODUCTS
-    const bool any_edge = careful ? tile_by_tile<T>(p, rows, range, careful, packed, around, w)
-                          : p.dropout_p > 0
-                              ? tiles_overlapped<T, true>(p, rows, range, packed, around, w)
-                              : tiles_overlapped<T, false>(p, rows, range, packed, around, w);
-#else
     const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, around, w);
-#endif
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
   }
 }

@@ -2,8 +2,6 @@
 // its like), which defines ATTN_EXT_VECTOR_BYTES first. Everything is local to that file.
 //
 // With ATTN_EXT_BFLOAT16_PRODUCTS only bfloat16 differs from AVX-512, and the rest is left to it.
-// With AMX the two passes work on blocks of different sizes and have a file each:
-// ATTN_EXT_AMX_BACKWARD says that this one is the backward pass's.
 
 namespace attn_ext {
 namespace {
@@ -24,7 +22,6 @@ namespace {
 //
 #include "scores.h"
 //
-#ifndef ATTN_EXT_AMX_BACKWARD
 #include "forward.h"
 //
 #include "decode_products.h"
@@ -32,13 +29,10 @@ namespace {
 #include "decode.h"
 //
 #include "linear.h"
-#endif
 //
 #include "weights.h"
 //
-#if !defined(ATTN_EXT_AMX_PRODUCTS) || defined(ATTN_EXT_AMX_BACKWARD)
 #include "backward.h"
-#endif
 
 // Runs `call` with values of the storage type, the compute type and the type of the elements that
 // are multiplied.
@@ -66,7 +60,6 @@ void with_types(DType dtype, Call call) {
   return p.dtype != DType::kBFloat16 || p.scale <= 0;
 }
 
-#ifndef ATTN_EXT_AMX_BACKWARD
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p) || suits_decode(p, to)) return kAvx512Kernels.forward(p, to, threads);
@@ -96,9 +89,6 @@ void run_linear(const LinearArguments& arguments, int threads) {
   linear<float>(arguments, threads);
 #endif
 }
-#endif
-
-#if !defined(ATTN_EXT_AMX_PRODUCTS) || defined(ATTN_EXT_AMX_BACKWARD)
 void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.backward(p, to, threads);
@@ -107,7 +97,6 @@ void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
     backward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
   });
 }
-#endif
 
 }  // namespace
 }  // namespace attn_ext

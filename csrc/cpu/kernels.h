@@ -18,7 +18,6 @@ struct Kernels {
 
 #if defined(__x86_64__)
 extern const Kernels kAmxKernels;
-void run_amx_backward(const Problem&, const BackwardArguments&, int threads);
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;

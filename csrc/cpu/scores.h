@@ -261,11 +261,11 @@ int64_t score_depth(const Problem& p) {
   return (p.head_dim + kDepth<Element> - 1) / kDepth<Element>;
 }
 
-// A mask's entries for the keys that come next, as its rows are too far apart for the processor to
+// A mask's entries for the next `keys` keys, as its rows are too far apart for the processor to
 // guess.
 template <typename Real>
-Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key) {
-  const int64_t width = std::min(kPartKeys, p.key_length - key);
+Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
+  const int64_t width = std::min(keys, p.key_length - key);
   if (!p.mask || p.mask.stride[2] == 0 || p.mask.stride[3] != 1 || width <= 0) return {};
   Upcoming next;
   with_mask_type<Real>(p.mask.dtype, [&](auto type) {
@@ -280,7 +280,7 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
                     Real* s, Real* top = nullptr, Real* slope = nullptr) {
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
-  Upcoming next = next_entries<Real>(p, rows, key + keys);
+  Upcoming next = next_entries<Real>(p, rows, key + keys, keys);
   multiply<false>(keys, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
                   Into<Real>{s, kRows<Real>, false, nullptr, top, &next});
   return finish_scores(p, rows, kind, key, keys, s, top, slope);

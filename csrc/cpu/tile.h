@@ -4,18 +4,13 @@
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
 
+// kPartKeys and kGroupBlocks: see backward.h.
 #if defined(ATTN_EXT_AMX_PRODUCTS)
-constexpr int64_t kBlockVectors = 2;  // a pair of AMX's tiles
+constexpr int64_t kKeys = 64, kBlockVectors = 2;  // pairs of AMX's tiles; their scores stay in L1
+constexpr int64_t kPartKeys = 32, kGroupBlocks = 4;
 #else
-constexpr int64_t kBlockVectors = 3;
-#endif
-#if defined(ATTN_EXT_AMX_BACKWARD)
-constexpr int64_t kKeys = 128, kPartKeys = 32, kGroupBlocks = 4;  // see backward.h
-#elif defined(ATTN_EXT_AMX_PRODUCTS)
-constexpr int64_t kKeys = 64;  // two tiles of scores, which are worked on at a time, stay in L1
+constexpr int64_t kKeys = 128, kBlockVectors = 3;
 constexpr int64_t kPartKeys = kKeys, kGroupBlocks = 1;
-#else
-constexpr int64_t kKeys = 128, kPartKeys = kKeys, kGroupBlocks = 1;
 #endif
 template <typename Real>
 constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 64 floats
