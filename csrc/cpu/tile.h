@@ -7,7 +7,7 @@
 // kPartKeys and kGroupBlocks: see backward.h.
 #if defined(ATTN_EXT_AMX_PRODUCTS)
 constexpr int64_t kKeys = 64, kBlockVectors = 2;  // pairs of AMX's tiles; their scores stay in L1
-constexpr int64_t kPartKeys = 32, kGroupBlocks = 4;
+constexpr int64_t kPartKeys = 32, kGroupBlocks = 8;
 #else
 constexpr int64_t kKeys = 128, kBlockVectors = 3;
 constexpr int64_t kPartKeys = kKeys, kGroupBlocks = 1;
