@@ -59,8 +59,8 @@ struct BackwardWorkspace {
       }
       key_columns = arena.take<Element>(p.head_dim * (kKeys / kDepth<Element>));
     }
-    dkeys = arena.take<Real>(p.key_length * width);
-    dvalues = arena.take<Real>(p.key_length * value_width);
+    dkeys = arena.take<Real>(whole_keys(p.key_length) * width);
+    dvalues = arena.take<Real>(whole_keys(p.key_length) * value_width);
   }
 };
 
@@ -163,7 +163,7 @@ template <typename Real, typename Element>
 void score_gradients(const Problem& p, const RowBlock& rows, const Part& part, Real factor,
                      const BackwardWorkspace<Real, Element>& w, Real* row_sum) {
   const Real *lse = w.lse[part.block], *row_term = w.row_term[part.block];
-  for (int64_t j = 0; j < part.keys; ++j) {
+  for (int64_t j = 0; j < whole_keys(part.keys); ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
       const int64_t lane = v * kLanes<Real>, index = j * kRows<Real> + lane;
       const Vec<Real> s = load(w.scores + index);
@@ -266,7 +266,7 @@ void pack_gradients(const RowBlock& rows, const Part& part,
                     const BackwardWorkspace<Real, Element>& w) {
   const OperandsOfPart<Real, Element> to(w, part);
   for (int64_t v = 0; v < rows.vectors; ++v) {
-    write_operands<1>(to, part.keys, v * kLanes<Real>, [&](int64_t index, int) {
+    write_operands<1>(to, whole_keys(part.keys), v * kLanes<Real>, [&](int64_t index, int) {
       return WeightAndGradient<Real>{load(w.scores + index), load(w.dscores + index)};
     });
   }
@@ -286,7 +286,7 @@ void gradients_as_operands(const RowBlock& rows, const Part& part, Real factor,
     const Vec<Real> delta[2] = {load(row_term), vectors == 2 ? load(row_term + kW) : Vec<Real>{}};
     const Real *s = w.scores, *dscores = w.dscores, *keep = w.keep;
     write_operands<vectors>(
-        to, part.keys, lane, [&](int64_t index, int v) __attribute__((always_inline)) {
+        to, whole_keys(part.keys), lane, [&](int64_t index, int v) __attribute__((always_inline)) {
           const RoughExp2<Element> weight(load(s + index) * factor - shift[v]);
           const Vec<Real> dweight = load(dscores + index);
           if (!kKeep)
@@ -353,7 +353,7 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
   if (to.dweights) {
     load_dweights<T>(to, rows, part.key, part.keys, w.dscores);
   } else {
-    multiply<false>(part.keys, rows.vectors, (p.value_dim + kStep - 1) / kStep,
+    multiply<false>(whole_keys(part.keys), rows.vectors, (p.value_dim + kStep - 1) / kStep,
                     tile.values + part.key_in_tile * tile.value_stride, tile.value_stride,
                     w.douts[part.block], kStride, Into<Real>{w.dscores, kStride});
   }
@@ -412,10 +412,10 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
 
   const T* from = at<const T>(p.key, all.batch, all.key_head, key);
   BackwardTile<Element> tile{};
-  tile.keys = as_block<T>(from, p.key.stride[2], keys, p.head_dim, false, w.keys, &tile.key_stride);
+  tile.keys = tile_as_block<T>(p.key, all, key, keys, p.head_dim, w.keys, &tile.key_stride);
   if (!to.dweights) {
-    tile.values = as_block<T>(at<const T>(p.value, all.batch, all.key_head, key), p.value.stride[2],
-                              keys, p.value_dim, false, w.values, &tile.value_stride);
+    tile.values =
+        tile_as_block<T>(p.value, all, key, keys, p.value_dim, w.values, &tile.value_stride);
   }
   tile.careful =
       visible.any_edge && !(of.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
@@ -428,17 +428,17 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
       if (kind != TileKind::kSkip) {
         backward_part<T>(p, to, rows, kind, part, tile, w);
       } else if (!tile.careful) {
-        OperandsOfPart<Real, Element>(w, part).clear(rows, part.keys);
+        OperandsOfPart<Real, Element>(w, part).clear(rows, whole_keys(part.keys));
       }
     }
   }
   if (tile.careful) return;
 
-  const int64_t first_key = visible.first_key, count = visible.end_key - first_key;
+  const int64_t first_key = visible.first_key, count = whole_keys(visible.end_key) - first_key;
   const int64_t first_row = group.block[visible.first_block].first - all.first;
   const RowBlock& last = group.block[visible.end_block - 1];
-  const int64_t row_elements =
-      (last.first + last.count - all.first - first_row + kStep - 1) / kStep;
+  const int64_t last_rows = kVectorsAtOnce > 1 ? last.vectors * kLanes<Real> : last.count;
+  const int64_t row_elements = (last.first + last_rows - all.first - first_row + kStep - 1) / kStep;
   const auto over_rows = [&](const Element* weights, const Element* by_row, int64_t stride,
                              int64_t width, Real* sums) {
     width = padded<Real>(width);

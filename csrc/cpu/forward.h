@@ -126,16 +126,16 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
                   bool first, bool careful, const PackedColumns<T, Element>& packed,
                   const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
-  const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
-                                 p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
+  const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
   const Real factor =
       compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores, w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
+  const int64_t whole = whole_keys(keys);
   if (p.dropout_p > 0) {
     dropout_factors(p, rows, key, keys, w.keep);
-    update_softmax<true>(w, rows, keys, factor);
+    update_softmax<true>(w, rows, whole, factor);
   } else {
-    update_softmax<false>(w, rows, keys, factor);
+    update_softmax<false>(w, rows, whole, factor);
   }
 
   const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale};
@@ -145,12 +145,11 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0, output);
     accumulate_carefully<T>(p, rows, key, keys, w);
   } else if constexpr (kDepth<Element> == 1) {
-    const Element* v = as_block<T>(at<const T>(p.value, rows.batch, rows.key_head, key),
-                                   p.value.stride[2], keys, p.value_dim, false, w.values, &stride);
+    const Element* v = tile_as_block<T>(p.value, rows, key, keys, p.value_dim, w.values, &stride);
     multiply<true>(p.value_dim, rows.vectors, keys, v, stride, w.weights, kRows<Real>, output);
   } else {
     const Element* v = packed.tile(rows, key, keys, w.values);
-    multiply<false>(p.value_dim, rows.vectors, (keys + 1) / 2, v, kKeys / 2, w.weights,
+    multiply<false>(p.value_dim, rows.vectors, (whole + 1) / 2, v, kKeys / 2, w.weights,
                     2 * kRows<Real>, output);
   }
 }

@@ -274,16 +274,22 @@ Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64
   return next;
 }
 
-// Scores of one tile, as finish_scores leaves them; `top`: each row's largest score, if wanted.
+// Scores of one tile, as finish_scores leaves them, and hidden ones up to whole_keys; `top`: each
+// row's largest score, if wanted.
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
                     Real* s, Real* top = nullptr, Real* slope = nullptr) {
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   Upcoming next = next_entries<Real>(p, rows, key + keys, keys);
-  multiply<false>(keys, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
-                  Into<Real>{s, kRows<Real>, false, nullptr, top, &next});
-  return finish_scores(p, rows, kind, key, keys, s, top, slope);
+  const int64_t whole = whole_keys(keys);
+  Real* top_of_products = whole == keys ? top : nullptr;
+  multiply<false>(whole, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
+                  Into<Real>{s, kRows<Real>, false, nullptr, top_of_products, &next});
+  const Real factor = finish_scores(p, rows, kind, key, keys, s, top_of_products, slope);
+  if (top != top_of_products) find_maxima(rows, keys, s, top);
+  std::fill(s + keys * kRows<Real>, s + whole * kRows<Real>, -kInfinity<Real>);
+  return factor;
 }
 
 // The random bytes of a block's rows for eight of 32 columns, and what they must reach; philox.h
@@ -324,7 +330,7 @@ struct RandomRows {
   }
 };
 
-// keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0.
+// keep[key][row] = 1 / (1 - dropout_p) where the weight is kept, else 0, and 0 up to whole_keys.
 template <typename Real>
 void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
                      Real* keep) {
@@ -334,6 +340,7 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
   const uint32_t first_column = static_cast<uint32_t>(p.key_start + key);
   const int64_t above = first_row % kRandomRows, before = first_column % kRandomColumns;
   const int64_t count = rows.vectors * kLanes<Real>;
+  std::fill(keep + keys * kRows<Real>, keep + whole_keys(keys) * kRows<Real>, Real(0));
   RandomRows<Real> random;
   for (int64_t start = -before; start < keys; start += kRandomColumns) {
     for (int64_t pair = 0; pair < 8; pair += 2) {

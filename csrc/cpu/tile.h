@@ -4,13 +4,14 @@
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
 
-// kPartKeys and kGroupBlocks: see backward.h.
+// Rows and keys come in whole tiles of AMX, what is missing being zeros and hidden keys. kPartKeys
+// and kGroupBlocks: see backward.h.
 #if defined(ATTN_EXT_AMX_PRODUCTS)
 constexpr int64_t kKeys = 64, kBlockVectors = 2;  // pairs of AMX's tiles; their scores stay in L1
-constexpr int64_t kPartKeys = 32, kGroupBlocks = 8;
+constexpr int64_t kVectorsAtOnce = 2, kKeysAtOnce = 32, kPartKeys = 32, kGroupBlocks = 8;
 #else
 constexpr int64_t kKeys = 128, kBlockVectors = 3;
-constexpr int64_t kPartKeys = kKeys, kGroupBlocks = 1;
+constexpr int64_t kVectorsAtOnce = 1, kKeysAtOnce = 1, kPartKeys = kKeys, kGroupBlocks = 1;
 #endif
 template <typename Real>
 constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 64 floats
@@ -23,6 +24,10 @@ constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 template <typename Real>
 inline int64_t padded(int64_t n) {
   return (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+}
+
+inline int64_t whole_keys(int64_t keys) {
+  return (keys + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
 }
 
 template <typename T>
@@ -43,17 +48,18 @@ struct RowBlock {
     return (p.query_length + kRows<Real> - 1) / kRows<Real>;
   }
 
-  // Whole vectors are shared out evenly, so that no block is left with a single one.
+  // Vectors are shared out evenly, so that no block is left with a single one.
   template <typename Real>
   static RowBlock make(const Problem& p, int64_t batch, int64_t head, int64_t block) {
     const int64_t blocks = blocks_a_head<Real>(p);
-    const int64_t vectors = padded<Real>(p.query_length) / kLanes<Real>;
-    const int64_t begin = vectors * block / blocks, end = vectors * (block + 1) / blocks;
+    constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
+    const int64_t shares = (p.query_length + kAtOnce - 1) / kAtOnce;
+    const int64_t begin = shares * block / blocks, end = shares * (block + 1) / blocks;
     RowBlock rows;
     rows.batch = batch, rows.head = head, rows.key_head = head / (p.query_heads / p.key_heads);
-    rows.first = begin * kLanes<Real>;
-    rows.count = std::min(end * kLanes<Real>, p.query_length) - rows.first;
-    rows.vectors = end - begin;
+    rows.first = begin * kAtOnce;
+    rows.count = std::min(end * kAtOnce, p.query_length) - rows.first;
+    rows.vectors = (end - begin) * kVectorsAtOnce;
     return rows;
   }
 };
@@ -66,7 +72,8 @@ Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, in
           width * kSize, rows.count};
 }
 
-// Keys [first, end) that any of the rows may see by position; first is a multiple of kKeys.
+// Keys [first, end) that any of the rows may see by position, and some more: first is a multiple of
+// kKeys, and a tile is whole unless the keys end in it.
 struct KeyRange {
   int64_t first, end;
 
@@ -74,6 +81,7 @@ struct KeyRange {
     const int64_t diagonal = rows.first + p.diagonal;
     first = std::max<int64_t>(0, diagonal - p.left) / kKeys * kKeys;
     end = std::clamp<int64_t>(diagonal + rows.count + p.right, 0, p.key_length);
+    end = std::min(whole_keys(end), p.key_length);
   }
   KeyRange(int64_t first, int64_t end) : first(first), end(end) {}
 
@@ -226,19 +234,13 @@ inline void for_each_row(const Real* block, int64_t width, const RowBlock& rows,
   }
 }
 
-// Rows as a row-major block of elements along the row. Where they already are one, in place:
-// `scratch` is used for a conversion, or to pad rows to whole vectors with zeros if `pad`.
+// Rows as a row-major block of elements along the row, copied to `scratch` and padded to whole
+// vectors with zeros.
 template <typename T, typename Element>
-const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64_t width, bool pad,
-                        Element* scratch, int64_t* stride) {
+const Element* copied_block(const T* from, int64_t from_stride, int64_t count, int64_t width,
+                            Element* scratch, int64_t* stride) {
   using Real = typename PackedOf<Element>::Real;
   constexpr int64_t kStep = kDepth<Element>;
-  constexpr bool kSameBits = std::is_same_v<T, Element> || kStep == 2;
-  const int64_t whole = pad ? kStep * kLanes<Real> : kStep;
-  if (kSameBits && width % whole == 0 && from_stride % kStep == 0) {
-    *stride = from_stride / kStep;
-    return reinterpret_cast<const Element*>(from);
-  }
   *stride = padded<Real>((width + kStep - 1) / kStep);
   for (int64_t i = 0; i < count; ++i) {
     const T* row = from + i * from_stride;
@@ -251,6 +253,34 @@ const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64
       }
     }
   }
+  return scratch;
+}
+
+// The same, but in place where they are one already; padded only if `pad`.
+template <typename T, typename Element>
+const Element* as_block(const T* from, int64_t from_stride, int64_t count, int64_t width, bool pad,
+                        Element* scratch, int64_t* stride) {
+  using Real = typename PackedOf<Element>::Real;
+  constexpr int64_t kStep = kDepth<Element>;
+  constexpr bool kSameBits = std::is_same_v<T, Element> || kStep == 2;
+  const int64_t whole = pad ? kStep * kLanes<Real> : kStep;
+  if (kSameBits && width % whole == 0 && from_stride % kStep == 0) {
+    *stride = from_stride / kStep;
+    return reinterpret_cast<const Element*>(from);
+  }
+  return copied_block(from, from_stride, count, width, scratch, stride);
+}
+
+// The keys or values of a tile as as_block has them, as many as whole_keys says: zeros after the
+// last.
+template <typename T, typename Element>
+const Element* tile_as_block(const View& view, const RowBlock& rows, int64_t key, int64_t keys,
+                             int64_t width, Element* scratch, int64_t* stride) {
+  const T* from = at<const T>(view, rows.batch, rows.key_head, key);
+  const int64_t whole = whole_keys(keys);
+  if (whole == keys) return as_block<T>(from, view.stride[2], keys, width, false, scratch, stride);
+  copied_block(from, view.stride[2], keys, width, scratch, stride);
+  std::fill(scratch + keys * *stride, scratch + whole * *stride, Element{});
   return scratch;
 }
 
@@ -277,7 +307,7 @@ inline void pack_pairs_by_column(const BFloat16* from, int64_t stride, int64_t c
 }
 
 // Rows of a block as they are multiplied from the right, summed over rows: in place or padded, or
-// as pairs of neighbouring rows.
+// as pairs of neighbouring rows, zeros where the block's vectors have no row.
 template <typename T, typename Element>
 const Element* as_summed_rows(const View& view, const RowBlock& rows, int64_t width,
                               Element* scratch, int64_t* stride) {
@@ -286,6 +316,8 @@ const Element* as_summed_rows(const View& view, const RowBlock& rows, int64_t wi
     return as_block<T>(from, view.stride[2], rows.count, width, true, scratch, stride);
   } else {
     *stride = padded<float>(width);
+    const int64_t pairs = (rows.count + 1) / 2, all_pairs = rows.vectors * kLanes<float> / 2;
+    std::fill(scratch + pairs * *stride, scratch + all_pairs * *stride, Element{});
     for (int64_t i = 0; i < rows.count; i += 2) {
       const T* low = from + i * view.stride[2];
       const T* high = i + 1 < rows.count ? low + view.stride[2] : nullptr;

@@ -20,13 +20,13 @@ struct WeightsWorkspace {
 };
 
 // The block's LSE in log2 units, and kRows further what rounding took from a float32 one: the
-// weights' error would be that of the rounding. +inf for a row that sees nothing, which makes its
-// weights 0.
+// weights' error would be that of the rounding. +inf for a row that sees nothing, or does not
+// exist, which makes its weights 0.
 template <typename Real>
 void load_lse(const View& lse, const RowBlock& rows, Real* to) {
   for (int64_t i = 0; i < kRows<Real>; ++i) {
-    const Real x =
-        i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i) : Real(0);
+    const Real x = i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i)
+                                  : -kInfinity<Real>;
     to[i] = x == -kInfinity<Real> ? kInfinity<Real> : static_cast<Real>(x * kLog2E);
     const double rest = std::fma(static_cast<double>(x), kLog2E, -static_cast<double>(to[i]));
     to[kRows<Real> + i] =
@@ -49,8 +49,7 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   const TileKind kind = classify(p, rows, key, keys);
   if (kind == TileKind::kSkip) return;
   int64_t stride;
-  const Element* k = as_block<T>(at<const T>(p.key, rows.batch, rows.key_head, key),
-                                 p.key.stride[2], keys, p.head_dim, false, w.keys, &stride);
+  const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, queries, k, stride, w.scores);
   if (p.dropout_p > 0) dropout_factors(p, rows, key, keys, w.keep);
   for (int64_t j = 0; j < keys; ++j) {
