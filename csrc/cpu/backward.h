@@ -228,12 +228,12 @@ template <int kVectors, typename Real, typename Element, typename Of>
 inline __attribute__((always_inline)) void write_operands(const OperandsOfPart<Real, Element>& to,
                                                           int64_t keys, int64_t lane, Of of) {
   constexpr int64_t kStride = to.kStride, kW = kLanes<Real>;
-  const auto two_keys = [&](int64_t j, bool odd) __attribute__((always_inline)) {
+  const auto two_keys = [&](int64_t j, bool both_exist) __attribute__((always_inline)) {
     WeightAndGradient<Real> first[2], second[2];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t index = j * kRows<Real> + lane + v * kW;
       first[v] = of(index, v);
-      if (odd) second[v] = of(index + kRows<Real>, v);
+      if (both_exist) second[v] = of(index + kRows<Real>, v);
     }
     Element *weights = to.weights + j * kStride + lane / 2, *next_weights = weights + kStride;
     Element *gradients = to.gradients + j * kStride + lane / 2,
@@ -289,9 +289,7 @@ void gradients_as_operands(const RowBlock& rows, const Part& part, Real factor,
         to, whole_keys(part.keys), lane, [&](int64_t index, int v) __attribute__((always_inline)) {
           const RoughExp2<Element> weight(load(s + index) * factor - shift[v]);
           const Vec<Real> dweight = load(dscores + index);
-          if (!kKeep)
-            return WeightAndGradient<Real>{weight.power, weight.times(dweight - delta[v])};
-          const Vec<Real> kept = load(keep + index);
+          const Vec<Real> kept = kKeep ? load(keep + index) : broadcast(Real(1));
           return WeightAndGradient<Real>{weight.power * kept,
                                          weight.times(dweight * kept - delta[v])};
         });
