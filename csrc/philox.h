@@ -25,26 +25,7 @@ inline void make_philox_keys(uint64_t seed, PhiloxKeys& keys) {
   }
 }
 
-// counter[4] becomes the four random words. Word needs ^ with itself and with uint32_t;
-// multiply(word, constant, &high, &low) gives the 64-bit product's halves.
-template <typename Word, typename Multiply>
-ATTN_EXT_HOST_DEVICE inline void philox(Word counter[4], const PhiloxKeys& keys,
-                                        Multiply multiply) {
-#ifdef __CUDACC__
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
-  for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
-    Word high0, low0, high1, low1;
-    multiply(counter[0], PhiloxConstants::kMultiplier0, &high0, &low0);
-    multiply(counter[2], PhiloxConstants::kMultiplier1, &high1, &low1);
-    counter[0] = high1 ^ counter[1] ^ keys[2 * round];
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ keys[2 * round + 1];
-    counter[3] = low0;
-  }
-}
+#include "philox_rounds.h"
 
 // Which random byte decides about a weight: of the call whose counter starts with these two words.
 // A call serves rows r and r + 8, and of each columns c, c + 1, c + 8, c + 9, ... c + 25.

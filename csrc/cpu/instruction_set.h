@@ -8,6 +8,8 @@ namespace {
 
 #include "simd.h"
 //
+#include "../philox_rounds.h"
+//
 #include "amx.h"
 //
 #include "upcoming.h"

@@ -310,7 +310,9 @@ struct RandomRows {
     for (int64_t call = 0; call < calls; call += kWordLanes) {
       const Words row_word = (lane + (aligned / 2 + static_cast<uint32_t>(call))) & last_word;
       Words random[4] = {Words{} + column_word, row_word, Words{} + head, Words{} + p.offset};
-      philox(random, p.philox_keys, multiply_words);
+      philox(random, p.philox_keys,
+             [](Words a, uint32_t constant, Words* high, Words* low)
+                 __attribute__((always_inline)) { multiply_words(a, constant, high, low); });
       const Words mixed = random[0] ^ random[1] ^ random[2] ^ random[3];
       const Words up = reinterpret_cast<Words>(mixed < Words{} + (p.dropout_threshold << 8));
       const Words bound = (p.dropout_threshold >> 24) - up;  // true is -1
@@ -347,13 +349,15 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
       const uint32_t column = first_column + static_cast<uint32_t>(start + pair);
       random.make(p, head, first_row - above, above + count,
                   RandomByte::of(first_row, column).column_word);
-      for (int64_t i = 0; i < 8; ++i) {
-        const int64_t j = start + pair + i / 2 * 8 + i % 2;
-        if (j < 0 || j >= keys) continue;
-        const uint32_t *word = random.words[i / 4] + above, *least = random.least + above;
-        Real* row = keep + j * kRows<Real>;
-        for (int64_t r = 0; r < count; ++r) {
-          row[r] = (word[r] >> (i % 4 * 8) & 255) >= least[r] ? factor : Real(0);
+      for (int64_t lane = 0; lane < count; lane += kLanes<Real>) {
+        const Bytes32<Real> least = load_bytes32<Real>(random.least + above + lane);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 8; ++i) {
+          const int64_t j = start + pair + i / 2 * 8 + i % 2;
+          if (j < 0 || j >= keys) continue;
+          const Bytes32<Real> word = load_bytes32<Real>(random.words[i / 4] + above + lane);
+          store<Real>(keep + j * kRows<Real> + lane,
+                      where_not_below<Real>(word >> (i % 4 * 8) & 255, least, factor));
         }
       }
     }

@@ -210,7 +210,8 @@ inline WordPairs multiply_even(WordPairs a, uint32_t constant) {
 #endif
 }
 
-inline void multiply_words(Words a, uint32_t constant, Words* high, Words* low) {
+inline __attribute__((always_inline)) void multiply_words(Words a, uint32_t constant, Words* high,
+                                                          Words* low) {
   const WordPairs low_half = WordPairs{} + 0xFFFFFFFFull;
   const WordPairs even = multiply_even(reinterpret_cast<WordPairs>(a), constant);
   const WordPairs odd = multiply_even(reinterpret_cast<WordPairs>(a) >> 32, constant);
@@ -321,6 +322,26 @@ inline typename VecOf<Real>::IntType widen(Bytes<Real> bytes) {
   using Longs = typename IntegersOf<uint32_t, kLanes<Real>>::Type;
   const Longs longs = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Longs);
   return __builtin_convertvector(longs, typename VecOf<Real>::IntType);
+}
+
+// A byte a lane, in 32 bits.
+template <typename Real>
+using Bytes32 = typename IntegersOf<int32_t, kLanes<Real>>::Type;
+template <typename Real>
+inline Bytes32<Real> load_bytes32(const uint32_t* p) {
+  Bytes32<Real> words;
+  std::memcpy(&words, p, sizeof(words));
+  return words;
+}
+// x where a >= b, else 0.
+template <typename Real>
+inline Vec<Real> where_not_below(Bytes32<Real> a, Bytes32<Real> b, Real x) {
+  if constexpr (sizeof(Real) == 4) {
+    return a >= b ? broadcast(x) : Vec<Real>{};
+  } else {
+    return __builtin_convertvector(a >= b, typename VecOf<Real>::IntType) ? broadcast(x)
+                                                                          : Vec<Real>{};
+  }
 }
 
 inline void store_as(float* p, Vec<float> x) { store<float>(p, x); }
