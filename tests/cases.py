@@ -150,6 +150,9 @@ CASES = [
     Case("moving_maxima", lambda s: {"attn_mask": 30 * torch.sin(torch.arange(s.query_length, dtype=torch.float64)[:, None] + torch.arange(s.key_length) / 50)}, Sizes(1, 1, 1, 33, 200, 64, 64)),
     # AMX: whole tiles and a rest in every product, an even and an odd number of tiles.
     Case("rests_of_tiles", lambda s: {"causal": "lower_right"}, Sizes(1, 4, 2, 97, 305, 100, 77)),
+    # Its backward pass: more rows than one group of blocks has, and parts of tiles that a mask hides.
+    Case("groups_of_rows", lambda s: {"causal": True, "dropout_p": 0.2, "seed": 5}, Sizes(1, 2, 1, 290, 270, 48, 64)),
+    Case("parts_hidden", lambda s: {"attn_mask": (torch.arange(s.query_length)[:, None] // 32 + torch.arange(s.key_length) // 32) % 3 == torch.tensor(1)}, Sizes(1, 1, 1, 130, 205, 64, 40)),
     *(
         Case(f"length_{length}", lambda s: {}, Sizes(1, 2, 2, length, length + 1, 8, 24))
         for length in (11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65)

@@ -5,10 +5,10 @@
 // that don't fill a tile are left to vectors.
 //
 // A core can do vector work beside these products, but it does not pay to mix them: only one of its
-// two units of multiply-adds works on vectors meanwhile, the products are fast already, and what
-// limits both is tiles on their way to and from memory (measured on Emerald Rapids). A stored tile
-// is 16 of about a hundred stores that a core remembers, and more than sixty of the 512
-// instructions that it looks ahead: stores have to hit L1 and must not wait for a product.
+// two units of multiply-adds works on vectors meanwhile, and what limits both is tiles on their way
+// to and from memory (measured on Granite Rapids). A stored tile is 16 of about a hundred stores
+// that a core remembers, and more than sixty of the 512 instructions that it looks ahead: stores
+// have to hit L1 and must not wait for a product.
 
 template <int... kIndex, typename Call>
 inline __attribute__((always_inline)) void for_each_index(std::integer_sequence<int, kIndex...>,

@@ -128,6 +128,9 @@ inline Vec<Real> exp2_by(Vec<Real> x, const Real (&terms)[kTerms]) {
 }
 
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+template <typename Real>
+constexpr bool kExp2TakesAny = sizeof(Real) == 4;
+
 // 2^(i / 16), and what rounding took from it, relative to it.
 struct Exp2Sixteenths {
   alignas(kVectorBytes) float power[16] = {};
@@ -158,25 +161,30 @@ inline Vec<float> exp2_by_sixteenths(Vec<float> x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec<float>)_mm512_maskz_scalef_ps(normal, q, _mm512_sub_ps(wide, f));
 }
+#else
+template <typename Real>
+constexpr bool kExp2TakesAny = false;
 #endif
 
-// Relative error below 2e-9 plus rounding (float), 1e-16 (double).
+// Relative error below 2e-9 plus rounding (float), 1e-16 (double). For x up to 1, or any if
+// kExp2TakesAny.
 template <typename Real>
 inline Vec<Real> exp2(Vec<Real> x) {
-#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(Real) == 4) return exp2_by_sixteenths(x);
-#endif
-  return exp2_by<Real>(x, Simd<Real>::kExp2);
+  if constexpr (kExp2TakesAny<Real>) {
+    return exp2_by_sixteenths(x);
+  } else {
+    return exp2_by<Real>(x, Simd<Real>::kExp2);
+  }
 }
 
 // The same for any x: inf where the result overflows.
 template <typename Real>
 inline Vec<Real> exp2_of_any(Vec<Real> x) {
-#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(Real) == 4) return exp2_by_sixteenths(x);
-#endif
-  const Real highest = static_cast<Real>(Simd<Real>::kBias + 1);
-  return exp2_by<Real>(x > highest ? broadcast(highest) : x, Simd<Real>::kExp2);
+  if constexpr (!kExp2TakesAny<Real>) {
+    const Real highest = static_cast<Real>(Simd<Real>::kBias + 1);
+    x = x > highest ? broadcast(highest) : x;
+  }
+  return exp2<Real>(x);
 }
 
 // tanh through expm1, accurate for small x too: expm1(2x) = (2^n - 1) + 2^n f q(f).
