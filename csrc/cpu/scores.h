@@ -302,31 +302,33 @@ struct RandomRows {
   // Of `count` rows from the absolute row `aligned` on, which kRandomRows divides.
   void make(const Problem& p, uint32_t head, uint32_t aligned, int64_t count,
             uint32_t column_word) {
-    constexpr int64_t kPart = std::min<int64_t>(kOctet, kWordLanes);
-    Words lane;
-    for (int i = 0; i < kWordLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    constexpr int64_t kCalls = kWordLanes / 2;  // at once: up to an octet
+    using Bits = typename IntegersOf<uint32_t, kCalls>::Type;
+    WideWords lane;
+    for (int i = 0; i < kCalls; ++i) lane[i] = static_cast<uint64_t>(i);
     const int64_t calls = (count + kRandomRows - 1) / kRandomRows * kOctet;
-    const uint32_t last_word = ~uint32_t{0} / 2;  // rows start again after 2^32
-    for (int64_t call = 0; call < calls; call += kWordLanes) {
-      const Words row_word = (lane + (aligned / 2 + static_cast<uint32_t>(call))) & last_word;
-      Words random[4] = {Words{} + column_word, row_word, Words{} + head, Words{} + p.offset};
+    const uint64_t last_word = ~uint32_t{0} / 2;  // rows start again after 2^32
+    for (int64_t call = 0; call < calls; call += kCalls) {
+      const uint64_t first = aligned / 2 + static_cast<uint64_t>(call);
+      WideWords random[4] = {WideWords{} + column_word, (lane + first) & last_word,
+                             WideWords{} + head, WideWords{} + p.offset};
       philox(random, p.philox_keys,
-             [](Words a, uint32_t constant, Words* high, Words* low)
-                 __attribute__((always_inline)) { multiply_words(a, constant, high, low); });
-      const Words mixed = random[0] ^ random[1] ^ random[2] ^ random[3];
-      const Words up = reinterpret_cast<Words>(mixed < Words{} + (p.dropout_threshold << 8));
-      const Words bound = (p.dropout_threshold >> 24) - up;  // true is -1
-      for (int64_t part = 0; part < kWordLanes; part += kPart) {
-        const int64_t row = (call + part) / kOctet * kRandomRows + (call + part) % kOctet;
-        for (int64_t octet = 0; octet < 2; ++octet) {
-          const auto copy = [&](const Words& from, uint32_t* to) {
-            std::memcpy(to + row + kOctet * octet, reinterpret_cast<const uint32_t*>(&from) + part,
-                        kPart * sizeof(uint32_t));
-          };
-          copy(random[2 * octet], words[0]);
-          copy(random[2 * octet + 1], words[1]);
-          copy(bound, least);
-        }
+             [](WideWords a, uint32_t constant, WideWords* high, WideWords* low) {
+               *low = multiply_words(a, constant), *high = *low >> 32;
+             });
+      Bits bits[4];
+      for (int i = 0; i < 4; ++i) bits[i] = __builtin_convertvector(random[i], Bits);
+      const Bits mixed = bits[0] ^ bits[1] ^ bits[2] ^ bits[3];
+      const Bits up = reinterpret_cast<Bits>(mixed < Bits{} + (p.dropout_threshold << 8));
+      const Bits bound = (p.dropout_threshold >> 24) - up;  // true is -1
+      const int64_t row = call / kOctet * kRandomRows + call % kOctet;
+      for (int64_t octet = 0; octet < 2; ++octet) {
+        const auto copy = [&](const Bits& from, uint32_t* to) {
+          std::memcpy(to + row + kOctet * octet, &from, sizeof(from));
+        };
+        copy(bits[2 * octet], words[0]);
+        copy(bits[2 * octet + 1], words[1]);
+        copy(bound, least);
       }
     }
   }

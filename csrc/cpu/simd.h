@@ -199,32 +199,23 @@ inline Vec<Real> tanh(Vec<Real> x) {
   return expm1 / (expm1 + Real(2));
 }
 
-// --- 32-bit words for Philox
+// --- 32-bit words, and those of Philox, one in 64 bits
 
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef uint64_t WordPairs __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t WideWords __attribute__((vector_size(kVectorBytes)));
 constexpr int kWordLanes = kVectorBytes / 4;
 
-// Product of the even 32-bit words with a constant's low word, 64 bits each.
-inline WordPairs multiply_even(WordPairs a, uint32_t constant) {
+// Products of 64 bits of each lane's low word with a constant, whatever the high word is.
+inline WideWords multiply_words(WideWords a, uint32_t constant) {
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
-  return (WordPairs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(constant));
+  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(constant));
 #elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
-  return (WordPairs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(constant));
+  return (WideWords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(constant));
 #elif defined(__x86_64__)
-  return (WordPairs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(constant));
+  return (WideWords)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(constant));
 #else
   return (a & 0xFFFFFFFFull) * static_cast<uint64_t>(constant);
 #endif
-}
-
-inline __attribute__((always_inline)) void multiply_words(Words a, uint32_t constant, Words* high,
-                                                          Words* low) {
-  const WordPairs low_half = WordPairs{} + 0xFFFFFFFFull;
-  const WordPairs even = multiply_even(reinterpret_cast<WordPairs>(a), constant);
-  const WordPairs odd = multiply_even(reinterpret_cast<WordPairs>(a) >> 32, constant);
-  *high = reinterpret_cast<Words>((even >> 32) | (odd & ~low_half));
-  *low = reinterpret_cast<Words>((even & low_half) | (odd << 32));
 }
 
 // --- Conversions between storage types and the compute type
