@@ -265,6 +265,72 @@ def test_garbage_reaches_only_rows_that_see_it(
         assert not torch.isfinite(dirty[0][:, :, touched_rows]).any()
 
 
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("hide", ["window", "blocks", "softcap", "mask_gradient"])
+@pytest.mark.parametrize("length", [128, 147])
+def test_garbage_in_bfloat16_stays_where_it_is_seen(
+    where: str, hide: str, length: int, backend: str
+) -> None:
+    """Where products go in blocks of rows and keys that a row sees nothing of, and rows end inside of one.
+
+    A row that saw garbage has no LSE, in whichever tile it was.
+    """
+    place = 60  # a window reaches from its tile of 64 keys into the next
+    rows, keys = torch.arange(length)[:, None], torch.arange(length)
+    seen = rows // 32 == keys // 32
+    if hide != "blocks":
+        seen &= keys != 5
+    options: dict[str, object] = {"attn_mask": seen}
+    if hide == "window":
+        seen, options = (keys <= rows) & (keys >= rows - 10), {"causal": True, "window": (10, 0)}
+    if hide == "softcap":
+        options["softcap"] = 5.0
+    if hide == "mask_gradient":
+        mask = torch.zeros(length, length, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
+        options["attn_mask"] = mask.requires_grad_()
+    inputs = make_inputs(
+        Case("", lambda s: {}, Sizes(1, 2, 1, length, length, 64, 64)), torch.bfloat16
+    )
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+
+    def results() -> list[Tensor]:
+        out, lse = attn_ext.attention(**tensors, return_lse=True, backend=backend, **options)
+        dout = torch.ones_like(out)
+        return [out.detach(), lse.detach(), *torch.autograd.grad(out, list(tensors.values()), dout)]
+
+    clean = results()
+    with torch.no_grad():
+        tensors[where][:, :, place] = float("nan")
+        if hide != "blocks":
+            tensors["value"][:, :, 5] = float("nan")  # nobody sees it, but with a window
+    dirty = results()
+    bad_keys = torch.zeros(length, dtype=torch.bool)
+    bad_keys[5] = hide != "blocks"
+    bad_keys[place] = where != "query"
+    touched_rows = (seen & bad_keys).any(dim=1)
+    touched_rows[place] |= where == "query"
+    touched_keys = seen[touched_rows].any(dim=0)
+    for name, before, after in zip(
+        ("out", "lse", "dquery", "dkey", "dvalue"), clean, dirty, strict=True
+    ):
+        touched = touched_keys if name in ("dkey", "dvalue") else touched_rows
+        # Where something hidden is not finite, weights may stay as exact as they are.
+        torch.testing.assert_close(
+            after[:, :, ~touched], before[:, :, ~touched], rtol=0.02, atol=0.02, msg=name
+        )
+
+
+def test_missing_rows_of_infinite_keys(backend: str) -> None:
+    """A key of -inf, which every row of positive queries ignores: so do rows that fill up a block."""
+    tensors = [torch.rand(1, 2, n, 64, dtype=torch.bfloat16) for n in (19, 64, 64)]
+    tensors[1][:, :, 5, 3] = float("-inf")
+    tensors = [x.requires_grad_() for x in tensors]
+    out = attn_ext.attention(*tensors, backend=backend)
+    _, dkey, dvalue = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    for gradient in (dkey, dvalue):
+        assert (gradient[:, :, 5] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_inf_that_rows_see(where: str, bad: float, backend: str) -> None:

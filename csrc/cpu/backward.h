@@ -8,9 +8,9 @@
 // the second kind are of whole groups and tiles, so that their sums are rarely loaded and stored.
 // A group's dQ stays in cache; dK and dV gather in float over a whole (batch, key head), so that
 // nothing is atomic and the result does not depend on timing. Threads take whole (batch, key head)
-// pairs where these are many, else they share a pair: thread t takes groups t, t + n, ... (which
-// balances causal work) into sums of its own, added up in order. Tested against
-// backends/reference.py and by gradcheck in tests/test_contract.py.
+// pairs where these are many, else they share the groups of a pair, each into sums of its own,
+// added up in order. Tested against backends/reference.py and by gradcheck in
+// tests/test_contract.py.
 
 constexpr int64_t kParts = kKeys / kPartKeys;  // of a tile
 template <typename Real>
@@ -67,8 +67,8 @@ struct BackwardWorkspace {
 // Neighbouring blocks of one head's query rows.
 struct RowGroup {
   RowBlock rows;  // all of them
-  RowBlock block[kGroupBlocks];
-  int64_t blocks;
+  RowBlock blocks[kGroupBlocks];
+  int64_t count;  // of blocks
 
   // Of the `groups` groups of a head, which share its blocks evenly.
   template <typename Real>
@@ -77,13 +77,13 @@ struct RowGroup {
     const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
     const int64_t first = blocks * group / groups;
     RowGroup made;
-    made.blocks = blocks * (group + 1) / groups - first;
-    for (int64_t i = 0; i < made.blocks; ++i) {
-      made.block[i] = RowBlock::make<Real>(p, batch, head, first + i);
+    made.count = blocks * (group + 1) / groups - first;
+    for (int64_t i = 0; i < made.count; ++i) {
+      made.blocks[i] = RowBlock::make<Real>(p, batch, head, first + i);
     }
-    made.rows = made.block[0];
-    for (int64_t i = 1; i < made.blocks; ++i) {
-      made.rows.count += made.block[i].count, made.rows.vectors += made.block[i].vectors;
+    made.rows = made.blocks[0];
+    for (int64_t i = 1; i < made.count; ++i) {
+      made.rows.count += made.blocks[i].count, made.rows.vectors += made.blocks[i].vectors;
     }
     return made;
   }
@@ -97,9 +97,9 @@ struct BackwardGroup {
   int64_t query_stride, dout_stride;
   bool finite;
 
-  BackwardGroup(const Problem& p, const BackwardArguments& to, const RowGroup& of,
+  BackwardGroup(const Problem& p, const BackwardArguments& to, const RowGroup& row_group,
                 const BackwardWorkspace<Real, Element>& w)
-      : group(of) {
+      : group(row_group) {
     const RowBlock& rows = group.rows;
     queries_by_row = as_summed_rows<T>(p.query, rows, p.head_dim, w.queries_by_row, &query_stride);
     finite = all_finite<Real>(at<const T>(p.query, rows.batch, rows.head, rows.first),
@@ -109,10 +109,11 @@ struct BackwardGroup {
       finite = finite && all_finite<Real>(at<const T>(to.dout, rows.batch, rows.head, rows.first),
                                           to.dout.stride[2], rows.count, p.value_dim);
     }
-    for (int64_t i = 0; i < group.blocks; ++i) {
-      const RowBlock& block = group.block[i];
+    for (int64_t i = 0; i < group.count; ++i) {
+      const RowBlock& block = group.blocks[i];
       pack_transposed<T>(p.query, block, p.head_dim, query_factor<Real>(p), w.queries[i]);
       load_lse(to.lse, block, w.lse[i]);
+      for (int64_t row = 0; row < block.count; ++row) finite &= !std::isnan(w.lse[i][row]);
       std::fill(w.row_term[i], w.row_term[i] + kRows<Real>, Real(0));
       std::fill(w.dqueries[i], w.dqueries[i] + p.head_dim * kRows<Real>, Real(0));
       if (to.dweights) continue;
@@ -212,7 +213,8 @@ struct OperandsOfPart {
       std::fill_n(weights + j * kStride, row_elements, Element{});
       std::fill_n(gradients + j * kStride, row_elements, Element{});
     }
-    std::fill_n(gradients_by_key, (keys + 1) / kDepth<Element> * kRows<Real>, Element{});
+    const int64_t key_elements = (keys + kDepth<Element> - 1) / kDepth<Element>;
+    std::fill_n(gradients_by_key, key_elements * kRows<Real>, Element{});
   }
 };
 
@@ -221,19 +223,20 @@ struct WeightAndGradient {
   Vec<Real> weight{}, gradient{};
 };
 
-// One or two vectors of rows, from `lane` on, as bfloat16 operands: of(index, vector) gives the
+// One or two vectors of rows, from `lane` on, as bfloat16 operands: values(index, vector) gives the
 // weights and gradients at an index of the scores. Of keys up to the next even number, so that a
 // last pair's second gradient is 0.
-template <int kVectors, typename Real, typename Element, typename Of>
+template <int kVectors, typename Real, typename Element, typename Values>
 inline __attribute__((always_inline)) void write_operands(const OperandsOfPart<Real, Element>& to,
-                                                          int64_t keys, int64_t lane, Of of) {
-  constexpr int64_t kStride = to.kStride, kW = kLanes<Real>;
+                                                          int64_t keys, int64_t lane,
+                                                          Values values) {
+  constexpr int64_t kStride = OperandsOfPart<Real, Element>::kStride, kW = kLanes<Real>;
   const auto two_keys = [&](int64_t j, bool both_exist) __attribute__((always_inline)) {
     WeightAndGradient<Real> first[2], second[2];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t index = j * kRows<Real> + lane + v * kW;
-      first[v] = of(index, v);
-      if (both_exist) second[v] = of(index + kRows<Real>, v);
+      first[v] = values(index, v);
+      if (both_exist) second[v] = values(index + kRows<Real>, v);
     }
     Element *weights = to.weights + j * kStride + lane / 2, *next_weights = weights + kStride;
     Element *gradients = to.gradients + j * kStride + lane / 2,
@@ -337,6 +340,17 @@ struct BackwardTile {
   bool careful;  // see accumulate_carefully
 };
 
+// Products that sum over rows in pairs or tiles include some that do not exist: their operands have
+// to be 0, whatever keys and values they were multiplied with.
+template <typename Real>
+void hide_missing_rows(const RowBlock& rows, int64_t keys, Real* s) {
+  const int64_t end = rows.vectors * kLanes<Real>;
+  if (rows.count == end) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    std::fill(s + j * kRows<Real> + rows.count, s + j * kRows<Real> + end, -kInfinity<Real>);
+  }
+}
+
 // Weights and dS of a part, as operands, or with care all that becomes of them.
 template <typename T, typename Real, typename Element>
 void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
@@ -348,6 +362,7 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
                      tile.keys + part.key_in_tile * tile.key_stride, tile.key_stride, w.scores,
                      static_cast<Real*>(nullptr), w.slope);
   if (tile.careful) record_hidden(w.scores, part.keys, w.hidden);
+  if (kStep > 1) hide_missing_rows(rows, whole_keys(part.keys), w.scores);
   if (to.dweights) {
     load_dweights<T>(to, rows, part.key, part.keys, w.dscores);
   } else {
@@ -379,18 +394,22 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
 struct VisibleParts {
   TileKind kind[kGroupBlocks][kParts];
   int64_t first_block = kGroupBlocks, end_block = 0, first_key = kKeys, end_key = 0;
-  bool any_edge = false;
+  bool any_hidden = false;  // pair among these
 
   VisibleParts(const Problem& p, const RowGroup& group, int64_t key, int64_t keys) {
-    for (int64_t block = 0; block < group.blocks; ++block) {
+    for (int64_t block = 0; block < group.count; ++block) {
       for (int64_t first = 0; first < keys; first += kPartKeys) {
         const int64_t end = std::min(first + kPartKeys, keys);
         TileKind& found = kind[block][first / kPartKeys];
-        found = classify(p, group.block[block], key + first, end - first);
+        found = classify(p, group.blocks[block], key + first, end - first);
         if (found == TileKind::kSkip) continue;
-        any_edge |= found == TileKind::kEdge;
         first_block = std::min(first_block, block), end_block = block + 1;
         first_key = std::min(first_key, first), end_key = std::max(end_key, end);
+      }
+    }
+    for (int64_t block = first_block; block < end_block; ++block) {
+      for (int64_t first = first_key; first < end_key; first += kPartKeys) {
+        any_hidden |= kind[block][first / kPartKeys] != TileKind::kFull;
       }
     }
   }
@@ -399,11 +418,11 @@ struct VisibleParts {
 
 template <typename T, typename Real, typename Element>
 void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardGroup<T, Real, Element>& of, int64_t key, int64_t keys,
+                   const BackwardGroup<T, Real, Element>& operands, int64_t key, int64_t keys,
                    const PackedColumns<T, Element>& packed,
                    const BackwardWorkspace<Real, Element>& w) {
   constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
-  const RowGroup& group = of.group;
+  const RowGroup& group = operands.group;
   const RowBlock& all = group.rows;
   const VisibleParts visible(p, group, key, keys);
   if (visible.none()) return;
@@ -415,10 +434,10 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
     tile.values =
         tile_as_block<T>(p.value, all, key, keys, p.value_dim, w.values, &tile.value_stride);
   }
-  tile.careful =
-      visible.any_edge && !(of.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
+  tile.careful = visible.any_hidden &&
+                 !(operands.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
-    const RowBlock& rows = group.block[block];
+    const RowBlock& rows = group.blocks[block];
     for (int64_t first = visible.first_key; first < visible.end_key; first += kPartKeys) {
       const Part part{block, key + first, std::min(kPartKeys, visible.end_key - first), first,
                       rows.first - all.first};
@@ -433,8 +452,8 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   if (tile.careful) return;
 
   const int64_t first_key = visible.first_key, count = whole_keys(visible.end_key) - first_key;
-  const int64_t first_row = group.block[visible.first_block].first - all.first;
-  const RowBlock& last = group.block[visible.end_block - 1];
+  const int64_t first_row = group.blocks[visible.first_block].first - all.first;
+  const RowBlock& last = group.blocks[visible.end_block - 1];
   const int64_t last_rows = kVectorsAtOnce > 1 ? last.vectors * kLanes<Real> : last.count;
   const int64_t row_elements = (last.first + last_rows - all.first - first_row + kStep - 1) / kStep;
   const auto over_rows = [&](const Element* weights, const Element* by_row, int64_t stride,
@@ -445,13 +464,14 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
                     by_row + first_row / kStep * stride, stride,
                     Into<Real>{sums + (key + first_key) * width, width, true});
   };
-  if (!to.dweights) over_rows(w.weights, of.douts_by_row, of.dout_stride, p.value_dim, w.dvalues);
-  over_rows(w.gradients, of.queries_by_row, of.query_stride, p.head_dim, w.dkeys);
+  if (!to.dweights)
+    over_rows(w.weights, operands.douts_by_row, operands.dout_stride, p.value_dim, w.dvalues);
+  over_rows(w.gradients, operands.queries_by_row, operands.query_stride, p.head_dim, w.dkeys);
   const Element* columns = nullptr;
   if constexpr (kStep == 2) columns = packed.tile(all, key, keys, w.key_columns);
   for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
     const Into<Real> dqueries{w.dqueries[block], kRows<Real>, true};
-    const int64_t vectors = group.block[block].vectors;
+    const int64_t vectors = group.blocks[block].vectors;
     const Element* by_key = w.gradients_by_key[block] + first_key / kStep * kRows<Real>;
     if constexpr (kStep == 1) {
       multiply<true>(p.head_dim, vectors, count, tile.keys + first_key * tile.key_stride,
@@ -467,14 +487,14 @@ template <typename T, typename Real, typename Element>
 void backward_group(const Problem& p, const BackwardArguments& to, const RowGroup& group,
                     const PackedColumns<T, Element>& packed,
                     const BackwardWorkspace<Real, Element>& w) {
-  const BackwardGroup<T, Real, Element> of(p, to, group, w);
+  const BackwardGroup<T, Real, Element> operands(p, to, group, w);
   const KeyRange range(p, group.rows);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    backward_tile<T>(p, to, of, key, std::min(kKeys, range.end - key), packed, w);
+    backward_tile<T>(p, to, operands, key, std::min(kKeys, range.end - key), packed, w);
   }
   const Real scale = static_cast<Real>(p.scale);
-  for (int64_t block = 0; block < group.blocks; ++block) {
-    const RowBlock& rows = group.block[block];
+  for (int64_t block = 0; block < group.count; ++block) {
+    const RowBlock& rows = group.blocks[block];
     T* dquery = at<T>(to.dquery, rows.batch, rows.head, rows.first);
     const int64_t stride = to.dquery.stride[2];
     for_each_row(w.dqueries[block], p.head_dim, rows,
@@ -561,10 +581,11 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   const PerThread<BackwardWorkspace<Real, Element>> workspaces(threads, p);
   std::vector<BackwardWorkspace<Real, Element>> parts;
   for (int t = 0; t < threads; ++t) parts.push_back(workspaces.make(t, p));
-  const int64_t blocks = RowBlock::blocks_a_head<Real>(p), heads = p.query_heads / p.key_heads;
+  const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
+  const int64_t heads = mask_is_shared(p, to) ? 1 : p.query_heads / p.key_heads;
   int64_t groups = (blocks + kGroupBlocks - 1) / kGroupBlocks;
   if (!by_pair) groups = std::max(groups, std::min(blocks, (threads + heads - 1) / heads));
-  const PackedColumns<T, Element> packed(p, p.key, p.head_dim, blocks);
+  const PackedColumns<T, Element> packed(p, p.key, p.head_dim, groups);
   if (by_pair) {
 #pragma omp parallel num_threads(threads)
     {

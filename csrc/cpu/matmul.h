@@ -13,6 +13,11 @@ constexpr int kTileRows[5] = {0, 16, 8, 8, 6};  // by NR; 32 registers
 constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
 constexpr int64_t kLinesAsked = 24;  // of what is read next, after each tile
+#ifdef ATTN_EXT_AMX_PRODUCTS
+constexpr bool kProductsFindMaxima = false;  // its sums would have to be read back
+#else
+constexpr bool kProductsFindMaxima = true;
+#endif
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
 // `top` is given it becomes the maximum of itself and each column of C. If `next` is given some

@@ -116,24 +116,6 @@ inline void scale_columns(int64_t rows, int64_t vectors, const Into<float>& to) 
   }
 }
 
-// The maxima of C's columns, read back: four chains at a time.
-inline void find_column_maxima(int64_t rows, int64_t vectors, const Into<float>& to) {
-  for (int64_t column = 0; column < vectors * kTileSide; column += kTileSide) {
-    Vec<float> top[4];
-    for (Vec<float>& chain : top) chain = load(to.top + column);
-    const float* c = to.c + column;
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
-        top[i] = simd_max<float>(load(c + (row + i) * to.stride), top[i]);
-      }
-    }
-    for (; row < rows; ++row) top[0] = simd_max<float>(load(c + row * to.stride), top[0]);
-    store<float>(to.top + column,
-                 simd_max<float>(simd_max<float>(top[0], top[1]), simd_max<float>(top[2], top[3])));
-  }
-}
-
 template <bool kRowsAdjacent>
 void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
               const BFloat16Pair* b, int64_t ldb, const Into<float>& to) {
@@ -168,5 +150,4 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
       }
     }
   }
-  if (to.top) find_column_maxima(rows, vectors, to);
 }

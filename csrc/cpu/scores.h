@@ -283,7 +283,7 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   Upcoming next = next_entries<Real>(p, rows, key + keys, keys);
   const int64_t whole = whole_keys(keys);
-  Real* top_of_products = whole == keys ? top : nullptr;
+  Real* top_of_products = kProductsFindMaxima ? top : nullptr;
   multiply<false>(whole, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
                   Into<Real>{s, kRows<Real>, false, nullptr, top_of_products, &next});
   const Real factor = finish_scores(p, rows, kind, key, keys, s, top_of_products, slope);

@@ -287,8 +287,13 @@ typedef Halves UnalignedHalves __attribute__((aligned(2), may_alias));
 inline Vec<float> load_as(const float* p) { return load(p); }
 inline Vec<double> load_as(const double* p) { return load(p); }
 inline Vec<float> load_as(const BFloat16* p) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64  // which GCC 12 would widen in two halves
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<Vec<float>>((Words)_mm512_cvtepu16_epi32(bits) << 16);
+#else
   const Halves bits = *reinterpret_cast<const UnalignedHalves*>(p);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 inline Vec<float> load_as(const Float16* p) {
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
@@ -317,6 +322,11 @@ inline Bytes<Real> load_bytes(const uint8_t* p) {
 }
 template <typename Real>
 inline typename VecOf<Real>::IntType widen(Bytes<Real> bytes) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(Real) == 4) {
+    return (typename VecOf<Real>::IntType)_mm512_cvtepu8_epi32((__m128i)bytes);
+  }
+#endif
   using Shorts = typename IntegersOf<uint16_t, kLanes<Real>>::Type;
   using Longs = typename IntegersOf<uint32_t, kLanes<Real>>::Type;
   const Longs longs = __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Longs);
@@ -385,7 +395,20 @@ typedef float HalfOfFloats __attribute__((vector_size(kVectorBytes / 2)));
 template <int kFirst, int... kLane>
 inline Vec<double> some_as_doubles(Vec<float> x, std::integer_sequence<int, kLane...>) {
   const HalfOfFloats half = __builtin_shufflevector(x, x, (kFirst + kLane)...);
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64  // as load_as
+  return (Vec<double>)_mm512_cvtps_pd((__m256)half);
+#else
   return __builtin_convertvector(half, Vec<double>);
+#endif
+}
+inline double sum_of_lanes(Vec<double> x) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  return _mm512_reduce_add_pd((__m512d)x);
+#else
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) sum += x[lane];
+  return sum;
+#endif
 }
 
 template <typename T>
@@ -397,15 +420,19 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
   if constexpr (!std::is_same_v<T, double>) {
     for (; i + 2 * kHalf <= count; i += 2 * kHalf) {
       const Vec<float> x = load_as(a + i), y = load_as(b + i);
-      low += some_as_doubles<0>(x, kLaneNumbers) * some_as_doubles<0>(y, kLaneNumbers);
-      high += some_as_doubles<kHalf>(x, kLaneNumbers) * some_as_doubles<kHalf>(y, kLaneNumbers);
+      if constexpr (sizeof(T) == 2) {  // products of halves are floats
+        const Vec<float> product = x * y;
+        low += some_as_doubles<0>(product, kLaneNumbers);
+        high += some_as_doubles<kHalf>(product, kLaneNumbers);
+      } else {
+        low += some_as_doubles<0>(x, kLaneNumbers) * some_as_doubles<0>(y, kLaneNumbers);
+        high += some_as_doubles<kHalf>(x, kLaneNumbers) * some_as_doubles<kHalf>(y, kLaneNumbers);
+      }
     }
   } else {
     for (; i + kHalf <= count; i += kHalf) low += load(a + i) * load(b + i);
   }
-  low += high;
-  double sum = 0;
-  for (int lane = 0; lane < kHalf; ++lane) sum += low[lane];
+  double sum = sum_of_lanes(low + high);
   for (; i < count; ++i) {
     sum += static_cast<double>(to_float(a[i])) * static_cast<double>(to_float(b[i]));
   }

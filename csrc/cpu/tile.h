@@ -14,7 +14,7 @@ constexpr int64_t kKeys = 128, kBlockVectors = 3;
 constexpr int64_t kVectorsAtOnce = 1, kKeysAtOnce = 1, kPartKeys = kKeys, kGroupBlocks = 1;
 #endif
 template <typename Real>
-constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 64 floats
+constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 48 floats
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
@@ -73,7 +73,7 @@ Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, in
 }
 
 // Keys [first, end) that any of the rows may see by position, and some more: first is a multiple of
-// kKeys, and a tile is whole unless the keys end in it.
+// kKeys, end as whole_keys says unless the keys end before.
 struct KeyRange {
   int64_t first, end;
 
@@ -100,6 +100,8 @@ inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key
   const View& mask = p.mask;
   const int64_t count = mask.stride[2] == 0 ? 1 : rows.count, column = mask.stride[3];
   Words any_of_many{}, all_of_many = Words{} + 0x01010101u;
+  constexpr uint64_t kOnes = 0x0101010101010101u;
+  uint64_t any_of_some = 0, all_of_some = kOnes;
   uint8_t any = 0, all = 1;
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* row = at<const uint8_t>(mask, rows.batch, rows.head, rows.first + i, key);
@@ -109,11 +111,17 @@ inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key
       std::memcpy(&many, row + j, sizeof(many));
       any_of_many |= many, all_of_many &= many;
     }
+    for (; column == 1 && j + 8 <= keys; j += 8) {
+      uint64_t some;
+      std::memcpy(&some, row + j, sizeof(some));
+      any_of_some |= some, all_of_some &= some;
+    }
     for (; j < keys; ++j) any |= row[j * column], all &= row[j * column];
   }
   for (int lane = 0; lane < kWordLanes; ++lane) {
     any |= any_of_many[lane] != 0, all &= all_of_many[lane] == 0x01010101u;
   }
+  any |= any_of_some != 0, all &= all_of_some == kOnes;
   return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
 }
 
