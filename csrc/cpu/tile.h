@@ -26,6 +26,7 @@ inline int64_t padded(int64_t n) {
   return (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
 }
 
+// As many keys as products take at least for these.
 inline int64_t whole_keys(int64_t keys) {
   return (keys + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce;
 }
