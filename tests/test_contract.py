@@ -266,7 +266,7 @@ def test_garbage_reaches_only_rows_that_see_it(
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("hide", ["window", "blocks", "softcap", "mask_gradient"])
+@pytest.mark.parametrize("hide", ["window", "next_key", "blocks", "softcap", "mask_gradient"])
 @pytest.mark.parametrize("length", [128, 147])
 def test_garbage_in_bfloat16_stays_where_it_is_seen(
     where: str, hide: str, length: int, backend: str
@@ -276,6 +276,8 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
     A row that saw garbage has no LSE, in whichever tile it was.
     """
     place = 60  # a window reaches from its tile of 64 keys into the next
+    if hide == "next_key":
+        place = 83  # next to the last key that a block of rows 32 to 79 sees
     rows, keys = torch.arange(length)[:, None], torch.arange(length)
     seen = rows // 32 == keys // 32
     if hide != "blocks":
@@ -283,6 +285,8 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
     options: dict[str, object] = {"attn_mask": seen}
     if hide == "window":
         seen, options = (keys <= rows) & (keys >= rows - 10), {"causal": True, "window": (10, 0)}
+    if hide == "next_key":
+        seen, options = (keys <= rows + 3) & (keys >= rows - 40), {"window": (40, 3)}
     if hide == "softcap":
         options["softcap"] = 5.0
     if hide == "mask_gradient":

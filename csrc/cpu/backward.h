@@ -213,8 +213,7 @@ struct OperandsOfPart {
       std::fill_n(weights + j * kStride, row_elements, Element{});
       std::fill_n(gradients + j * kStride, row_elements, Element{});
     }
-    const int64_t key_elements = (keys + kDepth<Element> - 1) / kDepth<Element>;
-    std::fill_n(gradients_by_key, key_elements * kRows<Real>, Element{});
+    std::fill_n(gradients_by_key, keys / kDepth<Element> * kRows<Real>, Element{});
   }
 };
 
@@ -224,19 +223,18 @@ struct WeightAndGradient {
 };
 
 // One or two vectors of rows, from `lane` on, as bfloat16 operands: values(index, vector) gives the
-// weights and gradients at an index of the scores. Of keys up to the next even number, so that a
-// last pair's second gradient is 0.
+// weights and gradients at an index of the scores.
 template <int kVectors, typename Real, typename Element, typename Values>
 inline __attribute__((always_inline)) void write_operands(const OperandsOfPart<Real, Element>& to,
                                                           int64_t keys, int64_t lane,
                                                           Values values) {
   constexpr int64_t kStride = OperandsOfPart<Real, Element>::kStride, kW = kLanes<Real>;
-  const auto two_keys = [&](int64_t j, bool both_exist) __attribute__((always_inline)) {
+  for (int64_t j = 0; j < keys; j += 2) {
     WeightAndGradient<Real> first[2], second[2];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t index = j * kRows<Real> + lane + v * kW;
       first[v] = values(index, v);
-      if (both_exist) second[v] = values(index + kRows<Real>, v);
+      second[v] = values(index + kRows<Real>, v);
     }
     Element *weights = to.weights + j * kStride + lane / 2, *next_weights = weights + kStride;
     Element *gradients = to.gradients + j * kStride + lane / 2,
@@ -257,10 +255,7 @@ inline __attribute__((always_inline)) void write_operands(const OperandsOfPart<R
       store_halves(gradients, next_gradients, both);
       store_packed(by_key, as_pairs(both));
     }
-  };
-  int64_t j = 0;
-  for (; j + 2 <= keys; j += 2) two_keys(j, true);
-  if (j < keys) two_keys(j, false);
+  }
 }
 
 // Weights and gradients as score_gradients left them, as operands.
@@ -477,8 +472,8 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
       multiply<true>(p.head_dim, vectors, count, tile.keys + first_key * tile.key_stride,
                      tile.key_stride, by_key, kRows<Real>, dqueries);
     } else {
-      multiply<false>(p.head_dim, vectors, (count + 1) / 2, columns + first_key / 2, kKeys / 2,
-                      by_key, kRows<Real>, dqueries);
+      multiply<false>(p.head_dim, vectors, count / 2, columns + first_key / 2, kKeys / 2, by_key,
+                      kRows<Real>, dqueries);
     }
   }
 }

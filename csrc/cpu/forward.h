@@ -71,8 +71,7 @@ inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real 
   } else {
     for (int64_t j = 0; j < keys; j += 2) {
       const Vec<Real> low = weight_of_key(j);
-      const Vec<Real> high = j + 1 < keys ? weight_of_key(j + 1) : Vec<Real>{};
-      store_packed(weights + j * kStride, pairs_of_weights(low, high));
+      store_packed(weights + j * kStride, pairs_of_weights(low, weight_of_key(j + 1)));
     }
   }
   total = sum;
@@ -149,8 +148,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     multiply<true>(p.value_dim, rows.vectors, keys, v, stride, w.weights, kRows<Real>, output);
   } else {
     const Element* v = packed.tile(rows, key, keys, w.values);
-    multiply<false>(p.value_dim, rows.vectors, (whole + 1) / 2, v, kKeys / 2, w.weights,
-                    2 * kRows<Real>, output);
+    multiply<false>(p.value_dim, rows.vectors, whole / 2, v, kKeys / 2, w.weights, 2 * kRows<Real>,
+                    output);
   }
 }
 
