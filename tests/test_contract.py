@@ -218,6 +218,33 @@ def test_output_lies_in_querys_memory_order(backend: str) -> None:
         assert out.transpose(1, 2).is_contiguous()
 
 
+def forward_and_backward(
+    tensors: dict[str, Tensor], options: dict[str, object], backend: str
+) -> dict[str, Tensor]:
+    """Output, LSE and the gradients of query, key and value."""
+    out, lse = attn_ext.attention(**tensors, return_lse=True, backend=backend, **options)
+    gradients = torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out))
+    names = ("dquery", "dkey", "dvalue")
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def assert_untouched(
+    clean: dict[str, Tensor],
+    dirty: dict[str, Tensor],
+    touched_rows: Tensor,
+    touched_keys: Tensor,
+    **tolerances: float,
+) -> None:
+    for name, before in clean.items():
+        others = ~(touched_keys if name in ("dkey", "dvalue") else touched_rows)
+        torch.testing.assert_close(
+            dirty[name][:, :, others],
+            before[:, :, others],
+            msg=lambda text, name=name: f"{name}: {text}",
+            **tolerances,
+        )
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("hide", ["causal", "mask", "padding", "float_mask"])
@@ -244,25 +271,16 @@ def test_garbage_reaches_only_rows_that_see_it(
         > 0
     )
 
-    def results() -> list[Tensor]:
-        out, lse = attn_ext.attention(**tensors, return_lse=True, backend=backend, **options)
-        dout = torch.ones_like(out)
-        return [out.detach(), lse.detach(), *torch.autograd.grad(out, list(tensors.values()), dout)]
-
-    clean = results()
+    clean = forward_and_backward(tensors, options, backend)
     with torch.no_grad():
         tensors[where][:, :, 70] = bad
-    dirty = results()
+    dirty = forward_and_backward(tensors, options, backend)
     touched_rows = seen[:, 70] if where != "query" else torch.arange(97) == 70
     # A row that sees garbage passes it to every key that it sees, and to no other key.
     touched_keys = seen[touched_rows].any(dim=0)
-    for name, before, after in zip(
-        ("out", "lse", "dquery", "dkey", "dvalue"), clean, dirty, strict=True
-    ):
-        touched = touched_keys if name in ("dkey", "dvalue") else touched_rows
-        torch.testing.assert_close(after[:, :, ~touched], before[:, :, ~touched])
+    assert_untouched(clean, dirty, touched_rows, touched_keys)
     if where == "value" or bad != bad:
-        assert not torch.isfinite(dirty[0][:, :, touched_rows]).any()
+        assert not torch.isfinite(dirty["out"][:, :, touched_rows]).any()
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
@@ -297,31 +315,20 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
     )
     tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
 
-    def results() -> list[Tensor]:
-        out, lse = attn_ext.attention(**tensors, return_lse=True, backend=backend, **options)
-        dout = torch.ones_like(out)
-        return [out.detach(), lse.detach(), *torch.autograd.grad(out, list(tensors.values()), dout)]
-
-    clean = results()
+    clean = forward_and_backward(tensors, options, backend)
     with torch.no_grad():
         tensors[where][:, :, place] = float("nan")
         if hide != "blocks":
             tensors["value"][:, :, 5] = float("nan")  # nobody sees it, but with a window
-    dirty = results()
+    dirty = forward_and_backward(tensors, options, backend)
     bad_keys = torch.zeros(length, dtype=torch.bool)
     bad_keys[5] = hide != "blocks"
     bad_keys[place] = where != "query"
     touched_rows = (seen & bad_keys).any(dim=1)
     touched_rows[place] |= where == "query"
     touched_keys = seen[touched_rows].any(dim=0)
-    for name, before, after in zip(
-        ("out", "lse", "dquery", "dkey", "dvalue"), clean, dirty, strict=True
-    ):
-        touched = touched_keys if name in ("dkey", "dvalue") else touched_rows
-        # Where something hidden is not finite, weights may stay as exact as they are.
-        torch.testing.assert_close(
-            after[:, :, ~touched], before[:, :, ~touched], rtol=0.02, atol=0.02, msg=name
-        )
+    # Where something hidden is not finite, weights may stay as exact as they are.
+    assert_untouched(clean, dirty, touched_rows, touched_keys, rtol=0.02, atol=0.02)
 
 
 def test_missing_rows_of_infinite_keys(backend: str) -> None:

@@ -25,7 +25,7 @@ inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
   } else {
     const Vec<Real> hidden = broadcast(-kInfinity<Real>);
     if (stride == 1 && count == kLanes<Real>)
-      return widen<Real>(load_bytes<Real>(from)) != 0 ? entries : hidden;
+      return widen<Real>(load_integers<Bytes<Real>>(from)) != 0 ? entries : hidden;
   }
   for (int64_t j = 0; j < count; ++j) {
     if constexpr (kBool) {
@@ -51,7 +51,7 @@ void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s) {
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   Bytes<Real> square[kW];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kW; ++i) square[i] = load_bytes<Real>(mask + i * stride);
+  for (int64_t i = 0; i < kW; ++i) square[i] = load_integers<Bytes<Real>>(mask + i * stride);
   transpose_square<kW>(square);
 #pragma GCC unroll 16
   for (int64_t j = 0; j < kW; ++j) {
@@ -352,12 +352,13 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
       random.make(p, head, first_row - above, above + count,
                   RandomByte::of(first_row, column).column_word);
       for (int64_t lane = 0; lane < count; lane += kLanes<Real>) {
-        const Bytes32<Real> least = load_bytes32<Real>(random.least + above + lane);
+        const Bytes32<Real> least = load_integers<Bytes32<Real>>(random.least + above + lane);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < 8; ++i) {
           const int64_t j = start + pair + i / 2 * 8 + i % 2;
           if (j < 0 || j >= keys) continue;
-          const Bytes32<Real> word = load_bytes32<Real>(random.words[i / 4] + above + lane);
+          const Bytes32<Real> word =
+              load_integers<Bytes32<Real>>(random.words[i / 4] + above + lane);
           store<Real>(keep + j * kRows<Real> + lane,
                       where_not_below<Real>(word >> (i % 4 * 8) & 255, least, factor));
         }

@@ -312,14 +312,14 @@ template <typename Integer, int kCount>
 struct IntegersOf {
   typedef Integer Type __attribute__((vector_size(sizeof(Integer) * kCount)));
 };
+template <typename Integers, typename Item>
+inline Integers load_integers(const Item* p) {
+  Integers loaded;
+  std::memcpy(&loaded, p, sizeof(loaded));
+  return loaded;
+}
 template <typename Real>
 using Bytes = typename IntegersOf<uint8_t, kLanes<Real>>::Type;
-template <typename Real>
-inline Bytes<Real> load_bytes(const uint8_t* p) {
-  Bytes<Real> bytes;
-  std::memcpy(&bytes, p, sizeof(bytes));
-  return bytes;
-}
 template <typename Real>
 inline typename VecOf<Real>::IntType widen(Bytes<Real> bytes) {
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
@@ -336,12 +336,6 @@ inline typename VecOf<Real>::IntType widen(Bytes<Real> bytes) {
 // A byte a lane, in 32 bits.
 template <typename Real>
 using Bytes32 = typename IntegersOf<int32_t, kLanes<Real>>::Type;
-template <typename Real>
-inline Bytes32<Real> load_bytes32(const uint32_t* p) {
-  Bytes32<Real> words;
-  std::memcpy(&words, p, sizeof(words));
-  return words;
-}
 // x where a >= b, else 0.
 template <typename Real>
 inline Vec<Real> where_not_below(Bytes32<Real> a, Bytes32<Real> b, Real x) {
@@ -617,17 +611,13 @@ inline Words as_pairs(Words halves) {
   for (int i = 0; i < 2 * kWordLanes; ++i) order[i] = static_cast<uint16_t>(i % 2 * 16 + i / 2);
   return (Words)_mm512_permutexvar_epi16((__m512i)order, (__m512i)halves);
 }
-template <bool kHigh, int... kIndex>
-inline Words interleave_words(Words first, Words second, std::integer_sequence<int, kIndex...>) {
-  typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
-  constexpr int kCount = 2 * kWordLanes, kFirst = kHigh ? kWordLanes : 0;
-  return reinterpret_cast<Words>(
-      __builtin_shufflevector(reinterpret_cast<Shorts>(first), reinterpret_cast<Shorts>(second),
-                              (kIndex % 2 * kCount + kFirst + kIndex / 2)...));
-}
 template <bool kHigh>
 inline Words pairs_of_two(Words first, Words second) {
-  return interleave_words<kHigh>(first, second, std::make_integer_sequence<int, 2 * kWordLanes>{});
+  typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
+  constexpr int kCount = 2 * kWordLanes;
+  return reinterpret_cast<Words>(interleave<Shorts, kCount, kHigh>(
+      reinterpret_cast<Shorts>(first), reinterpret_cast<Shorts>(second),
+      std::make_integer_sequence<int, kCount>{}));
 }
 inline Words pairs_of_weights(Vec<float> first, Vec<float> second) {
 #ifdef ATTN_EXT_AMX_PRODUCTS
