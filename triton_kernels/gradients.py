@@ -70,15 +70,19 @@ def gradients_of(
     if not SUBTRACTED:
         dp -= term
     ds = p * dp
+    dproduct = ds
+    if problem.scoring.softcap is not None:
+        dproduct = ds * (1 - t * t)
     if EDGE or problem.scoring.mask is not None or problem.scoring.key_mask is not None:
-        # LSE may be NaN because of what other keys hold.
+        # LSE may be NaN because of what other keys hold, and so may everything of a hidden pair.
         visible = s != -INFINITY
+        if EDGE:
+            # The zeros of a row that does not exist have NaN products with a key that is infinite.
+            visible = visible & (tile.rows < problem.sizes.query_length - tile.start_m)
         weights = tl.where(visible, weights, 0.0)
         ds = tl.where(visible, ds, 0.0)
-    if problem.scoring.softcap is not None:
-        return weights, ds, ds * (1 - t * t)
-    else:
-        return weights, ds, ds
+        dproduct = tl.where(visible, dproduct, 0.0)
+    return weights, ds, dproduct
 
 
 @triton.jit
