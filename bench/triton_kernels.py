@@ -31,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "dropout": {"dropout_p": 0.1},
     "mask": {"attn_mask": torch.empty(2, 1, 4096, 4096, dtype=torch.bool, device="meta")},
+    # One for every batch, as a learned bias is, whose gradient is then a sum over batches.
+    "bias": {"attn_mask": torch.empty(1, 8, 4096, 4096, device="meta")},
 }
 VARIANTS = (
     ("float16", (64, 128, 256), ("plain", "causal")),
@@ -39,12 +41,15 @@ VARIANTS = (
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
 KERNELS = ("forward", "backward_queries", "backward_keys", "backward_atomic")
+ONE_PASS = (("weights", "plain"), ("mask_gradient", "bias"))
+"""Kernels whose loops are over heads and batches, and the kind of problem that has them."""
 PRODUCTS = {
     "forward": 2,
     "backward_queries": 3,
     "backward_keys": 4,
     "backward_atomic": 5,
     "weights": 1,
+    "mask_gradient": 2,
 }
 """Matrix products that a tile of queries and keys takes in each kernel."""
 WAVE64 = ("gfx9",)
@@ -99,7 +104,8 @@ def names(
                     for kernel in KERNELS:
                         yield Name(architecture, kernel, dtype, head_dim, kind)
                 if "plain" in kinds:
-                    yield Name(architecture, "weights", dtype, head_dim, "plain")
+                    for kernel, kind in ONE_PASS:
+                        yield Name(architecture, kernel, dtype, head_dim, kind)
 
 
 def compiled(name: Name) -> Any:
@@ -218,11 +224,12 @@ def _call(name: Name) -> launch.Call:
     dropout = (1, 0) if problem.dropout_p else None
     start = (name.architecture, 0, problem, dropout)
     weights = torch.empty(2, 1, 4096, 4096, dtype=tensor.dtype, device="meta")
+    dmask = problem.attn_mask if name.kernel == "mask_gradient" else None
     plans = [
         launch.forward_plan(*start, tensor, lse),
         launch.weights_plan(*start, lse, weights, True),
         *launch.backward_plans(
-            *(*start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, None, lse),
+            *(*start, tensor, lse, tensor, None, None, 1.0, tensor, tensor, tensor, dmask, lse),
             atomic=name.kernel == "backward_atomic",
         ),
     ]

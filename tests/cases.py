@@ -153,6 +153,8 @@ CASES = [
     # Its backward pass: more rows than one group of blocks has, and parts of tiles that a mask hides.
     Case("groups_of_rows", lambda s: {"causal": True, "dropout_p": 0.2, "seed": 5}, Sizes(1, 2, 1, 290, 270, 48, 64)),
     Case("parts_hidden", lambda s: {"attn_mask": (torch.arange(s.query_length)[:, None] // 32 + torch.arange(s.key_length) // 32) % 3 == torch.tensor(1)}, Sizes(1, 1, 1, 130, 205, 64, 40)),
+    # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.
+    Case("narrow_and_short", lambda s: {"causal": True}, Sizes(1, 2, 1, 25, 129, 16, 8)),
     *(
         Case(f"length_{length}", lambda s: {}, Sizes(1, 2, 2, length, length + 1, 8, 24))
         for length in (11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65)

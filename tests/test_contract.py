@@ -92,6 +92,7 @@ def test_case_in_float32(case: Case, backend: str) -> None:
             "head_dim_64",
             "float_mask",
             "rests_of_tiles",
+            "narrow_and_short",
             "dropout_of_whole_tiles",
         }
     ],
@@ -121,10 +122,13 @@ def test_every_head_dim(head_dim: int, backend: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(120))
 def test_random_combinations(seed: int, backend: str) -> None:
-    """Options of several cases at once, sizes and dtypes at random.
+    """Options of several cases at once, sizes and dtypes at random."""
+    inputs = random_inputs(seed, [*DTYPES.values()])
+    assert_contract(inputs, inputs.query.dtype, backend, average=bool(seed % 2))
 
-    Not with a handful of keys, where gradients cancel nearly whole: those are cases of their own.
-    """
+
+def random_inputs(seed: int, dtypes: list[torch.dtype]) -> Inputs:
+    """Not with a handful of keys, where gradients cancel nearly whole: those are cases of their own."""
     choose = random.Random(seed)
     torch.manual_seed(seed)
     key_heads = choose.choice([1, 2, 3])
@@ -140,9 +144,31 @@ def test_random_combinations(seed: int, backend: str) -> None:
     options = {}
     for case in choose.sample(CASES[:37], 3):
         options.update(case.options(sizes))
-    dtype = choose.choice(list(DTYPES.values()))
-    inputs = make_inputs(Case("", lambda s: options, sizes), dtype)
-    assert_contract(inputs, dtype, backend, average=bool(seed % 2))
+    return make_inputs(Case("", lambda s: options, sizes), choose.choice(dtypes))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_garbage(seed: int, backend: str) -> None:
+    """NaN or inf in a row of a random problem, or in one number of it, goes no further than in the reference."""
+    choose = random.Random(seed)
+    inputs = random_inputs(1000 + seed, [torch.float32, torch.bfloat16, torch.float16])
+    if "alibi_slopes" in inputs.options:  # 2**33 positions apart, float32 has no digits for a score
+        inputs.options.update(q_start=0, k_start=0)
+    with torch.no_grad():
+        tensor = choose.choice([inputs.query, inputs.key, inputs.value])
+        place = tensor[choose.randrange(tensor.shape[0]), :, choose.randrange(tensor.shape[2])]
+        if choose.random() < 0.5:
+            place = place[:, choose.randrange(tensor.shape[3])]
+        place.fill_(choose.choice([math.nan, math.inf, -math.inf]))
+
+    actual = run(inputs, backend, average=bool(seed % 2))
+    expected = run(inputs.to(torch.float64), "reference", average=bool(seed % 2))
+    for name, exact in expected.items():
+        finite = torch.isfinite(exact)
+        largest = exact[finite].abs().amax().item() if finite.any() else 0.0
+        limit = (2e-3 if inputs.query.dtype is torch.float32 else 0.06) * max(largest, 1.0)
+        difference = (actual[name].double() - exact)[finite].abs()
+        assert (difference <= limit).all(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -359,6 +385,26 @@ def test_inf_that_rows_see(where: str, bad: float, backend: str) -> None:
     for name, x, y in zip(("out", "lse", "weights"), ours, exact, strict=True):
         assert torch.isfinite(y).any() or where == "query", name
         assert error(x, y) < 1e-6, name
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf")])
+def test_inf_that_is_dropped(bad: float, backend: str) -> None:
+    """Dropout acts on weights: an infinite score has its place in LSE before, dropped or not."""
+    sizes = Sizes(1, 8, 1, 60, 70, 16, 8)
+    inputs = make_inputs(Case("", lambda s: {}, sizes), torch.float32)
+    query, key, value = (x.detach() for x in (inputs.query, inputs.key, inputs.value))
+    query[..., 3], key[:, :, 30, 3] = 1.0, bad
+
+    def results(dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+        tensors = [x.to(dtype) for x in (query, key, value)]
+        return attn_ext.attention(*tensors, dropout_p=0.5, seed=3, return_lse=True, backend=backend)
+
+    (out, lse), (exact, exact_lse) = (
+        results(torch.float32, backend),
+        results(torch.float64, "reference"),
+    )
+    assert error(lse, exact_lse) < 1e-6
+    assert error(out, exact) < 1e-6
 
 
 def test_rows_without_keys(backend: str) -> None:

@@ -59,7 +59,7 @@ def add_tile(
     if keep is not None:
         keep = tl.trans(keep)
     weights, _, dproduct = gradients_of(
-        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED
+        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED, EDGE
     )
     if dweights is None:
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=shape.PRECISION)

@@ -49,6 +49,7 @@ def gradients_of(
     keep,
     EDGE: tl.constexpr,
     SUBTRACTED: tl.constexpr,
+    ROWS: tl.constexpr = False,
 ):
     """(dropped) weights, gradients of scores, and gradients of products.
 
@@ -58,8 +59,9 @@ def gradients_of(
         dweights: Pairs, the gradient of the weights, which takes the place of dp; or None.
         share: what dweights are multiplied with.
         keep: the tile of `keep_mask`, or None.
+        ROWS: whether what rows that do not exist have is used.
     """
-    s, t = scores_of(product, tile, problem, shape, EDGE)
+    s, t = scores_of(product, tile, problem, shape, EDGE, ROWS)
     p = exp_of(s * factor_of(problem, shape) - l_i, shape.UNIT)
     if dweights is not None:
         dp = load_pairs(dweights, tile, problem.sizes).to(tl.float32) * share
@@ -76,9 +78,6 @@ def gradients_of(
     if EDGE or problem.scoring.mask is not None or problem.scoring.key_mask is not None:
         # LSE may be NaN because of what other keys hold, and so may everything of a hidden pair.
         visible = s != -INFINITY
-        if EDGE:
-            # The zeros of a row that does not exist have NaN products with a key that is infinite.
-            visible = visible & (tile.rows < problem.sizes.query_length - tile.start_m)
         weights = tl.where(visible, weights, 0.0)
         ds = tl.where(visible, ds, 0.0)
         dproduct = tl.where(visible, dproduct, 0.0)

@@ -42,7 +42,7 @@ def score_gradients(q, k, v, dout, lse, terms, dweights, share, tile, problem, s
     l_i, term = load_row_values(lse, terms, tile, tile.rows, problem, shape, True)
     keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     _, ds, _ = gradients_of(
-        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, True, False
+        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, True, False, True
     )
     return ds
 

@@ -159,14 +159,17 @@ def masked(s, entries, UNIT: tl.constexpr):
 
 
 @triton.jit
-def hide_by_position(s, tile, problem):
-    """-inf beyond the last key and outside the rows' reach."""
+def hide_by_position(s, tile, problem, ROWS: tl.constexpr):
+    """-inf beyond the last key and outside the rows' reach; with ROWS, beyond the last row too,
+    whose zeros have NaN products with a key that is infinite."""
     reach = problem.reach
     # What differs from tile to tile is a key alone, so that no tile of indices stays in registers.
     keys, rows = tile.start_n + tile.columns, tile.start_m + tile.rows
     end = problem.sizes.key_length
     if reach.high is not None:
         end = tl.minimum(rows + reach.high + 1, end)
+    if ROWS:
+        end = tl.where(rows < problem.sizes.query_length, end, 0)
     visible = keys < end
     if reach.low is not None:
         visible = visible & (keys >= rows + reach.low)
@@ -174,8 +177,11 @@ def hide_by_position(s, tile, problem):
 
 
 @triton.jit
-def scores_of(product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
-    """Scores of products, and the softcap's tanh (without softcap: anything).
+def scores_of(
+    product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr, ROWS: tl.constexpr = False
+):
+    """Scores of products, and the softcap's tanh (without softcap: anything). EDGE and ROWS: see
+    `hide_by_position`.
 
     With shape.FOLD the factor scale * UNIT is left to whoever takes the exponential.
     """
@@ -197,7 +203,7 @@ def scores_of(product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
     if scoring.key_mask is not None:
         s = masked(s, load_key_mask(scoring.key_mask, tile, sizes), unit)
     if EDGE:
-        s = hide_by_position(s, tile, problem)
+        s = hide_by_position(s, tile, problem, ROWS)
     return s, t
 
 

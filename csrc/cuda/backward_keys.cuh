@@ -228,10 +228,12 @@ __global__ void __launch_bounds__(kThreads, kIsHalf<Element> && !kIsTuring<Eleme
       synchronize_block();  // nobody reads this tile or its row values any more
       if (kStages == 1 && next >= 0) copy_rows(next, 0, edge);
     };
-    if (order.start() >= 0) copy_rows(order.start() * kRows, stage, std::true_type{});
-    if (kStages == 2) {
-      queries.clear_beyond_width(stage ^ Shape::kStageBytes);
-      douts.clear_beyond_width(stage ^ Shape::kStageBytes);
+    if (order.start() >= 0) {
+      if (kStages == 2) {
+        queries.clear_beyond_width(stage ^ Shape::kStageBytes);
+        douts.clear_beyond_width(stage ^ Shape::kStageBytes);
+      }
+      copy_rows(order.start() * kRows, stage, std::true_type{});
     }
     order.for_each<kRows, kGeneral>(visit);
   }

@@ -67,6 +67,12 @@ __device__ inline bool keeps_weight(const Problem& p, const Head& head, int row,
   return bits >> RandomBytes::place_of(p, row, key).index & 1;
 }
 
+// A single weight's factor: 1 / (1 - dropout_p) or 0, and 1 without dropout.
+__device__ inline float keep_factor(const Problem& p, const Head& head, int row, int key) {
+  if (!drops_weights(p)) return 1;
+  return keeps_weight(p, head, row, key) ? p.single.dropout_factor : 0;
+}
+
 // Dropout's factors of a lane's places, as a bit for each, 16 for a call: 1 / (1 - dropout_p) or 0,
 // and 1 without dropout.
 template <bool kTransposed, int kMTiles, int kNTiles>

@@ -284,11 +284,8 @@ __device__ __attribute__((noinline)) void careful_row(const Problem& p, const Fo
     if (score == -kInfinity) continue;
     const float after = fmaxf(max, score), shift = after == -kInfinity ? 0 : after;
     const float scale = exp2(max - shift);
-    float weight = exp2(score - shift);
-    max = after, sum = sum * scale + weight;
-    if (drops_weights(p)) {
-      weight *= keeps_weight(p, head, row, key) ? p.single.dropout_factor : 0.0f;
-    }
+    const float whole = exp2(score - shift), weight = whole * keep_factor(p, head, row, key);
+    max = after, sum = sum * scale + whole;
     const Element* value = at<const Element>(p.value, head.batch, head.key_head, key);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -341,14 +338,20 @@ __device__ __forceinline__ bool row_is_finite(const float (&x)[kNTiles][4], int 
   return sum == sum;
 }
 
-// The rows of a warp that are not finite. Of each nibble, bit i stands for the row 8 i below.
+// The rows of a warp for which something holds, said by each of their lanes. Of each nibble, bit i
+// stands for the row 8 i below.
+__device__ __forceinline__ uint32_t row_bits(bool holds, int i) {
+  return (ballot(holds) & 0x11111111) << i;
+}
+
+// The rows of a warp that are not finite, as row_bits.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ uint32_t not_finite(const float (&x)[kMTiles][kNTiles][4]) {
   static_assert(kMTiles <= 2, "a nibble has four bits");
   uint32_t rows = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kMTiles; ++i) {
-    rows |= (ballot(!row_is_finite(x[i / 2], i % 2)) & 0x11111111) << i;
+    rows |= row_bits(!row_is_finite(x[i / 2], i % 2), i);
   }
   return rows;
 }
@@ -379,11 +382,15 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
   const int thread = static_cast<int>(thread_here()), g = thread % 32 / 4, t = thread % 4;
   const int first_row = block.first + thread / 32 * 16 * kMTiles;
   const int length = static_cast<int>(p.query_length);
+  uint32_t to_redo = 0;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = sum_over_row(softmax.sum[m][half]);
+      // The parts that float32 is multiplied in make NaN of an infinite key, which dropout may
+      // drop.
+      if (!kIsHalf<Element>) to_redo |= row_bits(sum != sum, 2 * m + half);
       const int row = first_row + 16 * m + 8 * half + g;
       if (row >= length) continue;
       const float inverse = sum == 0 ? 0.0f : factor / sum;
@@ -395,7 +402,7 @@ __device__ __forceinline__ void finish_rows(const Problem& p, const ForwardArgum
       }
     }
   }
-  redo_rows(not_finite(out), first_row, length,
+  redo_rows(to_redo | not_finite(out), first_row, length,
             [&](int row) { careful_row<Element>(p, to, head, row); });
 }
 

@@ -189,8 +189,7 @@ __device__ inline PairGradient careful_pair(const Problem& p, const BackwardArgu
     dweight = dot_by_warp(at<const Element>(p.value, head.batch, head.key_head, key),
                           at<const Element>(to.dout, head.batch, head.head, row), p.value_dim);
   }
-  const bool dropped = drops_weights(p) && !keeps_weight(p, head, row, key);
-  const float keep = dropped ? 0.0f : drops_weights(p) ? p.single.dropout_factor : 1.0f;
+  const float keep = keep_factor(p, head, row, key);
   return gradient_of_pair(p, to, head, row, key, product, dweight, keep, values);
 }
 
