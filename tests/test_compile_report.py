@@ -79,17 +79,25 @@ def test_the_matrix_units_are_reached(
 def test_committed_figures() -> None:
     """Every architecture is there, and every kernel fits it. Without masks and dropout nothing spills in
     float16 up to a head_dim of 128 and in float32 of 64, save gradients at 128 on gfx1100, for whose 256
-    registers no such configuration was found, and a word or two of two kernels, whose configurations without
-    spills take 1.7 times as many instructions. With masks and dropout forward does not spill."""
+    registers no such configuration was found, and one to three words of two kernels, whose configurations
+    without spills take 1.7 times as many instructions. With masks and dropout forward does not spill; the
+    mask's gradient in float16 spills six words at most up to 128."""
     rows = compile_report.committed()
     assert {name.architecture for name in rows} == set(compile_report.ARCHITECTURES)
     assert [str(x) for x, row in rows.items() if row.get("blocks_per_multiprocessor") == 0] == []
     spilling = [name for name, row in rows.items() if row["spills"]]
     unladen = [name for name in spilling if name.kind in ("plain", "causal")]
     assert {str(name): rows[name]["spills"] for name in unladen if name.head_dim == 64} == {
-        "sm_120 backward_atomic float16 64 plain": 2,
         "gfx1100 backward_keys float16 64 causal": 1,
+        "sm_100 weights float32 64 plain": 3,
     }
+    bias = {name: rows[name]["spills"] for name in spilling if name.kind == "bias"}
+    assert [
+        str(name)
+        for name, words in bias.items()
+        if name.dtype == "float16" and name.head_dim <= 128 and words > 6
+        if name.architecture != "gfx1100"
+    ] == []
     assert [
         str(name)
         for name in unladen

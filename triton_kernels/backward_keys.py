@@ -58,8 +58,10 @@ def add_tile(
     keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     if keep is not None:
         keep = tl.trans(keep)
+    # Where keys can be hidden, what such rows make of an infinite key is done again, without them.
+    ROWS: tl.constexpr = EDGE and not shape.HIDES
     weights, _, dproduct = gradients_of(
-        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED, EDGE
+        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED, ROWS
     )
     if dweights is None:
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=shape.PRECISION)

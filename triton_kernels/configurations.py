@@ -249,12 +249,35 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         },
     },
 }
-_ONE_PASS = {
-    ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
-    ("", 32): {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 16), 256: _C(16, 16)},
-    ("rdna", 32): {32: _C(32, 16, 8), 64: _C(32, 16, 8), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
+# Of the weights and the mask's gradient, whose loops are over heads; "" is any other family.
+_ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
+    "weights": {
+        ("", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
+        ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
+        ("nvidia", 32): {32: _C(64, 32), 64: _C(64, 32), 128: _C(16, 64), 256: _C(16, 32)},
+        ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 32, 2)),
+        ("rdna", 32): {
+            32: _C(32, 16, 8),
+            64: _C(32, 16, 8),
+            128: _C(16, 16, 8),
+            256: _C(16, 16, 8),
+        },
+    },
+    "mask_gradient": {
+        ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 64)},
+        ("mma", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(32, 64), 256: _C(64, 32)},
+        ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
+        ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
+        ("nvidia", 32): {32: _C(32, 64), 64: _C(32, 64), 128: _C(16, 32), 256: _C(16, 32)},
+        ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
+        ("rdna", 32): {
+            32: _C(32, 16, 8),
+            64: _C(32, 16, 8),
+            128: _C(16, 16, 8),
+            256: _C(16, 16, 8),
+        },
+    },
 }
-"""Of the weights and the mask's gradient, whose loops are over heads; "" is any other family."""
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
 
 
@@ -291,8 +314,9 @@ def configuration_of(
     family = family_of(architecture, bits)
     if kernel == "row_terms":
         return _ROW_TERMS[0]
-    if kernel in ("weights", "mask_gradient"):
-        return _ONE_PASS.get((family, bits), _ONE_PASS["", bits])[width]
+    if kernel in _ONE_PASS:
+        by_family = _ONE_PASS[kernel]
+        return (by_family.get((family, bits)) or by_family["", bits])[width]
     own = _TABLE[family, bits][kernel][width]
     if laden is None or bits == 32:
         return own
@@ -315,13 +339,11 @@ def candidates_of(
         return _ROW_TERMS
     nearby = [own._replace(num_warps=warps) for warps in (4, 8)]
     nearby += [own._replace(num_stages=stages) for stages in (1, 2, 3)]
-    if kernel in ("weights", "mask_gradient"):
-        nearby += _ONE_PASS["", bits].values()
-    else:
-        amd = architecture.startswith("gfx")
-        for (family, size), kernels in _TABLE.items():
-            if size == bits and (family in ("amd", "rdna")) == amd:
-                nearby += kernels[kernel].values()
+    by_family = _ONE_PASS.get(kernel) or {key: kernels[kernel] for key, kernels in _TABLE.items()}
+    amd = architecture.startswith("gfx")
+    for (family, size), by_width in by_family.items():
+        if size == bits and (family in ("amd", "rdna")) == amd:
+            nearby += by_width.values()
     copies = family_of(architecture, bits) in ("wgmma", "tcgen05") and kernel in _TABLE["wgmma", 16]
     chosen = [
         x._replace(descriptors=d) for x in nearby for d in ((False, True) if copies else (False,))
