@@ -346,24 +346,35 @@ void hide_missing_rows(const RowBlock& rows, int64_t keys, Real* s) {
   }
 }
 
+// A tile's rows of a (batch, key head)'s sums, to be added to before long.
+template <typename Real>
+Upcoming upcoming_sums(const Real* sums, int64_t keys, int64_t width) {
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(Real));
+  return {sums, bytes, bytes, keys};
+}
+
 // Weights and dS of a part, as operands, or with care all that becomes of them.
 template <typename T, typename Real, typename Element>
 void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
                    TileKind kind, const Part& part, const BackwardTile<Element>& tile,
                    const BackwardWorkspace<Real, Element>& w) {
   constexpr int64_t kStep = kDepth<Element>, kStride = kRows<Real>;
-  const Real factor =
-      compute_scores(p, rows, kind, part.key, part.keys, w.queries[part.block],
-                     tile.keys + part.key_in_tile * tile.key_stride, tile.key_stride, w.scores,
-                     static_cast<Real*>(nullptr), w.slope);
+  const Real factor = compute_scores(
+      p, rows, kind, part.key, part.keys, w.queries[part.block],
+      tile.keys + part.key_in_tile * tile.key_stride, tile.key_stride, w.scores,
+      to.dweights ? Upcoming() : upcoming_keys<T>(p.value, rows, part.key, part.keys, p.value_dim),
+      static_cast<Real*>(nullptr), w.slope);
   if (tile.careful) record_hidden(w.scores, part.keys, w.hidden);
   if (kStep > 1) hide_missing_rows(rows, whole_keys(part.keys), w.scores);
   if (to.dweights) {
     load_dweights<T>(to, rows, part.key, part.keys, w.dscores);
   } else {
+    const int64_t width = padded<Real>(p.value_dim);
+    Ahead ahead{upcoming_sums(w.dvalues + part.key * width, part.keys, width)};
     multiply<false>(whole_keys(part.keys), rows.vectors, (p.value_dim + kStep - 1) / kStep,
                     tile.values + part.key_in_tile * tile.value_stride, tile.value_stride,
-                    w.douts[part.block], kStride, Into<Real>{w.dscores, kStride});
+                    w.douts[part.block], kStride,
+                    Into<Real>{w.dscores, kStride, false, nullptr, nullptr, &ahead});
   }
   if (p.dropout_p > 0) dropout_factors(p, rows, part.key, part.keys, w.keep);
   if constexpr (kStep == 2) {
@@ -413,9 +424,10 @@ struct VisibleParts {
 
 template <typename T, typename Real, typename Element>
 void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardGroup<T, Real, Element>& operands, int64_t key, int64_t keys,
-                   const PackedColumns<T, Element>& packed,
+                   const BackwardGroup<T, Real, Element>& operands, const KeyRange& range,
+                   int64_t key, const PackedColumns<T, Element>& packed,
                    const BackwardWorkspace<Real, Element>& w) {
+  const int64_t keys = range.tile(key);
   constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
   const RowGroup& group = operands.group;
   const RowBlock& all = group.rows;
@@ -452,20 +464,28 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   const int64_t last_rows = kVectorsAtOnce > 1 ? last.vectors * kLanes<Real> : last.count;
   const int64_t row_elements = (last.first + last_rows - all.first - first_row + kStep - 1) / kStep;
   const auto over_rows = [&](const Element* weights, const Element* by_row, int64_t stride,
-                             int64_t width, Real* sums) {
+                             int64_t width, Real* sums, const Upcoming& next) {
     width = padded<Real>(width);
-    multiply<false>(count, width / kLanes<Real>, row_elements,
-                    weights + first_key * kStride + first_row / kStep, kStride,
-                    by_row + first_row / kStep * stride, stride,
-                    Into<Real>{sums + (key + first_key) * width, width, true});
+    Ahead ahead{next};
+    multiply<false>(
+        count, width / kLanes<Real>, row_elements,
+        weights + first_key * kStride + first_row / kStep, kStride,
+        by_row + first_row / kStep * stride, stride,
+        Into<Real>{sums + (key + first_key) * width, width, true, nullptr, nullptr, &ahead});
   };
-  if (!to.dweights)
-    over_rows(w.weights, operands.douts_by_row, operands.dout_stride, p.value_dim, w.dvalues);
-  over_rows(w.gradients, operands.queries_by_row, operands.query_stride, p.head_dim, w.dkeys);
+  const int64_t key_width = padded<Real>(p.head_dim);
+  if (!to.dweights) {
+    over_rows(w.weights, operands.douts_by_row, operands.dout_stride, p.value_dim, w.dvalues,
+              upcoming_sums(w.dkeys + key * key_width, keys, key_width));
+  }
+  over_rows(w.gradients, operands.queries_by_row, operands.query_stride, p.head_dim, w.dkeys,
+            packed.upcoming(all, key, keys));
+  const int64_t next = key + kKeys < range.end ? key + kKeys : range.first;
+  Ahead ahead{upcoming_keys<T>(p.key, all, next, range.tile(next), p.head_dim)};
   const Element* columns = nullptr;
   if constexpr (kStep == 2) columns = packed.tile(all, key, keys, w.key_columns);
   for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
-    const Into<Real> dqueries{w.dqueries[block], kRows<Real>, true};
+    const Into<Real> dqueries{w.dqueries[block], kRows<Real>, true, nullptr, nullptr, &ahead};
     const int64_t vectors = group.blocks[block].vectors;
     const Element* by_key = w.gradients_by_key[block] + first_key / kStep * kRows<Real>;
     if constexpr (kStep == 1) {
@@ -485,7 +505,7 @@ void backward_group(const Problem& p, const BackwardArguments& to, const RowGrou
   const BackwardGroup<T, Real, Element> operands(p, to, group, w);
   const KeyRange range(p, group.rows);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    backward_tile<T>(p, to, operands, key, std::min(kKeys, range.end - key), packed, w);
+    backward_tile<T>(p, to, operands, range, key, packed, w);
   }
   const Real scale = static_cast<Real>(p.scale);
   for (int64_t block = 0; block < group.count; ++block) {

@@ -118,16 +118,18 @@ void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, i
   }
 }
 
-// One tile: scores, softmax, product with the values. There is no output yet if it is the `first`
-// one, and without care none is read.
+// The tile of a range that begins at `key`: scores, softmax, product with the values, which asks
+// for what is around. There is no output yet if it is the `first` one, and without care none is
+// read.
 template <typename T, typename Real, typename Element>
-void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
-                  bool first, bool careful, const PackedColumns<T, Element>& packed,
-                  const ForwardWorkspace<Real, Element>& w) {
+void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, const KeyRange& range,
+                  int64_t key, bool first, bool careful, const PackedColumns<T, Element>& packed,
+                  Ahead& around, const ForwardWorkspace<Real, Element>& w) {
+  const int64_t keys = range.tile(key);
   int64_t stride;
   const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
-  const Real factor =
-      compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores, w.top);
+  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                                     packed.upcoming(rows, key, keys), w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
   if (p.dropout_p > 0) {
@@ -137,7 +139,11 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     update_softmax<false>(w, rows, whole, factor);
   }
 
-  const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale};
+  // The block after this one most likely begins with the same keys.
+  const int64_t next = key + kKeys < range.end ? key + kKeys : range.first;
+  around.operand = upcoming_keys<T>(p.key, rows, next, range.tile(next), p.head_dim);
+  const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale,
+                          nullptr,  &around};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
     // A product over nothing, which rescales the output.
@@ -153,18 +159,6 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   }
 }
 
-// A block's output rows and the next block's queries, of which a few lines are asked for at each
-// tile.
-struct Surroundings {
-  Upcoming out, queries;
-
-  void ask() {
-    constexpr int64_t kLinesATile = 64;
-    out.ask<true>(kLinesATile);
-    queries.ask<false>(kLinesATile);
-  }
-};
-
 template <typename Real, typename Element>
 void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
   std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
@@ -174,17 +168,18 @@ void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
 // them has hidden pairs.
 template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
-                  const PackedColumns<T, Element>& packed, Surroundings around,
+                  const PackedColumns<T, Element>& packed, Ahead around,
                   const ForwardWorkspace<Real, Element>& w) {
+  constexpr int64_t kTilesBefore = 4;  // the end, lest keys drive out what is around
+  Ahead not_yet;
   bool any_edge = false, first = true;
   if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const int64_t keys = std::min(kKeys, range.end - key);
-    const TileKind kind = classify(p, rows, key, keys);
+    const TileKind kind = classify(p, rows, key, range.tile(key));
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;
-    around.ask();
-    forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, w);
+    forward_tile<T>(p, rows, kind, range, key, first, careful, packed,
+                    range.end - key > kTilesBefore * kKeys ? not_yet : around, w);
     first = false;
   }
   if (first) clear_output(p, w);
@@ -194,7 +189,7 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
 void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
-                  const PackedColumns<T, Element>& packed, Surroundings around,
+                  const PackedColumns<T, Element>& packed, const Ahead& around,
                   const ForwardWorkspace<Real, Element>& w) {
   pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
   // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
@@ -276,8 +271,9 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
       const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
-      const Surroundings around{upcoming_rows<T>(to.out, rows, p.value_dim),
-                                upcoming_rows<T>(p.query, next, p.head_dim)};
+      const Ahead around{{},
+                         {upcoming_rows<T>(to.out, rows, p.value_dim),
+                          upcoming_rows<T>(p.query, next, p.head_dim)}};
       forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, around, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }

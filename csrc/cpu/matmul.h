@@ -12,7 +12,6 @@ constexpr int kTileRows[5] = {0, 16, 8, 8, 6};  // by NR; 32 registers
 #else
 constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
 #endif
-constexpr int64_t kLinesAsked = 24;  // of what is read next, after each tile
 #ifdef ATTN_EXT_AMX_PRODUCTS
 constexpr bool kProductsFindMaxima = false;  // its sums would have to be read back
 #else
@@ -20,8 +19,8 @@ constexpr bool kProductsFindMaxima = true;
 #endif
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
-// `top` is given it becomes the maximum of itself and each column of C. If `next` is given some
-// lines of it are asked for after each register tile.
+// `top` is given it becomes the maximum of itself and each column of C. If `ahead` is given it is
+// asked for meanwhile.
 template <typename Real>
 struct Into {
   Real* c;
@@ -29,11 +28,11 @@ struct Into {
   bool accumulate = false;
   const Real* scale = nullptr;
   Real* top = nullptr;
-  Upcoming* next = nullptr;
+  Ahead* ahead = nullptr;
 
   Into at(int64_t row, int64_t column) const {
     return {c + row * stride + column,    stride, accumulate, scale ? scale + column : nullptr,
-            top ? top + column : nullptr, next};
+            top ? top + column : nullptr, ahead};
   }
 };
 
@@ -43,7 +42,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
                                                          int64_t depth, const Into<Real>& into) {
   constexpr int kW = kLanes<Real>;
   Vec<Real> sum[MR][NR] = {};
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
     Packed<Element> row[NR];
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) row[n] = load_packed(b + k * ldb + n * kW);
@@ -53,12 +52,23 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
     }
+  };
+  Upcoming::Share upcoming = into.ahead ? into.ahead->share(depth) : Upcoming::Share();
+  int64_t k = 0;
+  for (; k < upcoming.steps; ++k) {
+    upcoming.ask();
+    step(k);
   }
+  for (; k < depth; ++k) step(k);
+
+  Real* sums = into.c;
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
+    if (m > 0) sums += into.stride;
+    asm("" : "+r"(sums));  // one pointer that moves, where GCC would keep one for each row
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) {
-      Real* to = into.c + m * into.stride + n * kW;
+      Real* to = sums + n * kW;
       if (into.scale) sum[m][n] += load(to) * load(into.scale + n * kW);
       if (into.accumulate) sum[m][n] += load(to);
       store<Real>(to, sum[m][n]);
@@ -73,7 +83,6 @@ inline __attribute__((always_inline)) void multiply_tile(const Element* a, int64
       store<Real>(into.top + n * kW, top);
     }
   }
-  if (into.next) into.next->template ask<false>(kLinesAsked);
 }
 
 // All rows of one column of tiles: as many tiles of MR rows as fit, the rest by halves.

@@ -10,6 +10,8 @@
 // that a core remembers, and more than sixty of the 512 instructions that it looks ahead: stores
 // have to hit L1 and must not wait for a product.
 
+constexpr int64_t kLinesAsked = 24;  // of what is read before long, after each block
+
 template <int... kIndex, typename Call>
 inline __attribute__((always_inline)) void for_each_index(std::integer_sequence<int, kIndex...>,
                                                           Call call) {
@@ -99,7 +101,7 @@ inline void multiply_by_four(int64_t rows, const BFloat16Pair* a, int64_t lda,
     multiply_add_tiles<0, 3, 6>();
     multiply_add_tiles<1, 3, 7>();
     store_tile<0>(sums, to.stride);
-    if (to.next) to.next->ask<false>(kLinesAsked);
+    if (to.ahead) to.ahead->ask(kLinesAsked);
   }
   store_tile<1>(to.c + (rows - kTileSide) * to.stride + kTileSide, to.stride);
 }
@@ -122,7 +124,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   const auto by_vectors = multiply<false, BFloat16Pair, float>;
   if (to.scale) scale_columns(rows, vectors, to);
-  Into<float> sum{to.c, to.stride, to.accumulate || to.scale, nullptr, nullptr, to.next};
+  Into<float> sum{to.c, to.stride, to.accumulate || to.scale, nullptr, nullptr, to.ahead};
   const int64_t tile_depth = depth / kTileSide * kTileSide;
   const int64_t tile_rows = tile_depth > 0 ? rows / kTileSide * kTileSide : 0;
   if (tile_rows < rows) {
@@ -146,7 +148,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
                                 : (wide ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
         block(tile_depth, a + row * lda, lda, b + column, ldb, to.c + row * to.stride + column,
               to.stride, sum.accumulate, unstored);
-        if (to.next) to.next->ask<false>(kLinesAsked);
+        if (to.ahead) to.ahead->ask(kLinesAsked);
       }
     }
   }

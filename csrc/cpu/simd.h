@@ -151,7 +151,7 @@ constexpr Exp2Sixteenths kExp2Sixteenths;
 // units of their own, beside the two that matrix products fill.
 inline Vec<float> exp2_by_sixteenths(Vec<float> x) {
   const __m512 wide = (__m512)x;
-  const __m512 f = _mm512_reduce_ps(wide, 4 << 4);      // x less the nearest sixteenth
+  const __m512 nearest = _mm512_roundscale_ps(wide, 4 << 4), f = _mm512_sub_ps(wide, nearest);
   const __m512i sixteenths = (__m512i)(x + 786432.0f);  // 1.5 * 2^19: low bits are 16 x, rounded
   const __m512 power = _mm512_permutexvar_ps(sixteenths, _mm512_load_ps(kExp2Sixteenths.power));
   const __m512 rest = _mm512_permutexvar_ps(sixteenths, _mm512_load_ps(kExp2Sixteenths.rest));
@@ -159,7 +159,7 @@ inline Vec<float> exp2_by_sixteenths(Vec<float> x) {
   q = _mm512_fmadd_ps(f, q, _mm512_set1_ps(0.6931471827f));
   q = _mm512_fmadd_ps(_mm512_fmadd_ps(f, q, rest), power, power);
   const __mmask16 normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return (Vec<float>)_mm512_maskz_scalef_ps(normal, q, _mm512_sub_ps(wide, f));
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, q, nearest);
 }
 #else
 template <typename Real>

@@ -78,6 +78,15 @@ Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, in
           width * kSize, rows.count};
 }
 
+// Keys or values [first, first + count) of a view, to be read before long.
+template <typename T>
+Upcoming upcoming_keys(const View& view, const RowBlock& rows, int64_t first, int64_t count,
+                       int64_t width) {
+  constexpr int64_t kSize = sizeof(T);
+  return {at<const T>(view, rows.batch, rows.key_head, first), view.stride[2] * kSize,
+          width * kSize, count};
+}
+
 // Keys [first, end) that any of the rows may see by position, and some more: first is a multiple of
 // kKeys, end as whole_keys says unless the keys end before.
 struct KeyRange {
@@ -90,6 +99,9 @@ struct KeyRange {
     end = std::min(whole_keys(end), p.key_length);
   }
   KeyRange(int64_t first, int64_t end) : first(first), end(end) {}
+
+  // How many keys the tile that begins at `key` has.
+  int64_t tile(int64_t key) const { return std::min(kKeys, end - key); }
 
   // One of `parts` parts of about the same number of tiles.
   KeyRange part(int64_t index, int64_t parts) const {
@@ -389,6 +401,13 @@ class PackedColumns {
     }
     pack(rows.batch, rows.key_head, key, keys, scratch);
     return scratch;
+  }
+
+  // What tile() will read.
+  Upcoming upcoming(const RowBlock& rows, int64_t key, int64_t keys) const {
+    if (!memory_) return upcoming_keys<T>(view_, rows, key, keys, width_);
+    const int64_t bytes = tile_size() * static_cast<int64_t>(sizeof(Element));
+    return {tile(rows, key, keys, nullptr), bytes, bytes, 1};
   }
 
  private:

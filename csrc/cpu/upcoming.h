@@ -1,24 +1,74 @@
-// Rows that are read or written before long: asked for a few cache lines at a time while something
-// else is computed, so that the latency of memory does not show. A core waits for about two dozen
-// lines at most, and stalls if it is to ask for more at once.
+// Rows that are read or written before long: asked for a cache line at a time while something else
+// is computed, so that the latency of memory does not show. A core waits for about two dozen lines
+// at most, and stalls if it is to ask for more at once.
 
 class Upcoming {
  public:
+  static constexpr int64_t kLine = 64;
+
   Upcoming() = default;
   // `count` rows of `bytes` bytes each, `stride` bytes apart.
   Upcoming(const void* first, int64_t stride, int64_t bytes, int64_t count)
-      : row_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(count) {}
+      : first_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(count) {
+    if (stride == bytes) bytes_ *= rows_, rows_ = 1;  // one row after the other
+  }
 
-  template <bool kToWrite>
-  void ask(int64_t lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(row_ + offset_, kToWrite, 3);
-      offset_ += 64;
-      if (offset_ >= bytes_) offset_ = 0, row_ += stride_, --rows_;
+  bool any() const { return column_ < bytes_ && rows_ > 0; }
+
+  // What some steps of an inner loop ask for.
+  struct Share {
+    const char* place = nullptr;
+    int64_t stride = 0, steps = 0;
+
+    inline __attribute__((always_inline)) void ask() {
+      __builtin_prefetch(place, 0, 2);  // into the second cache: the first one is in use
+      place += stride;
     }
+  };
+
+  // What comes next, for up to `steps` steps that get on by `bytes` bytes of a row.
+  Share share(int64_t steps, int64_t bytes) {
+    Share next{first_ + row_ * stride_ + column_};
+    if (rows_ == 1) {  // along the row
+      next.stride = bytes, next.steps = std::min(steps, (bytes_ - column_ + bytes - 1) / bytes);
+      column_ += next.steps * bytes;
+    } else {  // down the rows
+      next.stride = stride_, next.steps = std::min(steps, rows_ - row_);
+      row_ += next.steps;
+      if (row_ == rows_) row_ = 0, column_ += bytes;
+    }
+    return next;
   }
 
  private:
-  const char* row_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, rows_ = 0, offset_ = 0;
+  const char* first_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
+  int64_t row_ = 0, column_ = 0;  // of what is asked for next
+};
+
+// What a product asks for while it runs.
+struct Ahead {
+  Upcoming operand;    // of the next product
+  Upcoming others[2];  // after that
+
+  Upcoming::Share share(int64_t steps) {
+    // Half a line a step, so each line twice, where nothing else waits: the more evenly they come.
+    const bool more = others[0].any() || others[1].any();
+    if (operand.any()) return operand.share(steps, more ? Upcoming::kLine : Upcoming::kLine / 2);
+    for (Upcoming& other : others) {
+      if (other.any()) return other.share(steps, Upcoming::kLine);
+    }
+    return {};
+  }
+
+  // Some lines of the others at once, where no inner loop has room for them.
+  void ask(int64_t lines) {
+    for (Upcoming& other : others) {
+      while (lines > 0 && other.any()) {
+        Upcoming::Share next = other.share(lines, Upcoming::kLine);
+        for (int64_t i = 0; i < next.steps; ++i) next.ask();
+        lines -= next.steps;
+      }
+    }
+  }
 };
