@@ -346,17 +346,18 @@ void hide_missing_rows(const RowBlock& rows, int64_t keys, Real* s) {
   }
 }
 
-// A tile's rows of a (batch, key head)'s sums, to be added to before long.
+// A tile's rows of a (batch, key head)'s sums, which are added to; in cache if they are all.
 template <typename Real>
-Upcoming upcoming_sums(const Real* sums, int64_t keys, int64_t width) {
+Upcoming upcoming_sums(const Problem& p, const Real* sums, int64_t key, int64_t keys,
+                       int64_t width) {
   const int64_t bytes = width * static_cast<int64_t>(sizeof(Real));
-  return {sums, bytes, bytes, keys};
+  return p.key_length <= kKeys ? Upcoming() : Upcoming(sums + key * width, bytes, bytes, keys);
 }
 
 // Weights and dS of a part, as operands, or with care all that becomes of them.
 template <typename T, typename Real, typename Element>
 void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
-                   TileKind kind, const Part& part, const BackwardTile<Element>& tile,
+                   TileKind kind, const Part& part, const BackwardTile<Element>& tile, Ahead& ahead,
                    const BackwardWorkspace<Real, Element>& w) {
   constexpr int64_t kStep = kDepth<Element>, kStride = kRows<Real>;
   const Real factor = compute_scores(
@@ -370,7 +371,7 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
     load_dweights<T>(to, rows, part.key, part.keys, w.dscores);
   } else {
     const int64_t width = padded<Real>(p.value_dim);
-    Ahead ahead{upcoming_sums(w.dvalues + part.key * width, part.keys, width)};
+    ahead.operand = upcoming_sums(p, w.dvalues, part.key, part.keys, width);
     multiply<false>(whole_keys(part.keys), rows.vectors, (p.value_dim + kStep - 1) / kStep,
                     tile.values + part.key_in_tile * tile.value_stride, tile.value_stride,
                     w.douts[part.block], kStride,
@@ -422,17 +423,18 @@ struct VisibleParts {
   bool none() const { return end_block == 0; }
 };
 
+// Products ask for what is ahead, its operand being the next tile's keys.
 template <typename T, typename Real, typename Element>
 void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardGroup<T, Real, Element>& operands, const KeyRange& range,
-                   int64_t key, const PackedColumns<T, Element>& packed,
+                   const BackwardGroup<T, Real, Element>& operands, int64_t key, int64_t keys,
+                   const PackedColumns<T, Element>& packed, Ahead& ahead,
                    const BackwardWorkspace<Real, Element>& w) {
-  const int64_t keys = range.tile(key);
   constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
   const RowGroup& group = operands.group;
   const RowBlock& all = group.rows;
   const VisibleParts visible(p, group, key, keys);
   if (visible.none()) return;
+  const Upcoming next_keys = ahead.operand;
 
   const T* from = at<const T>(p.key, all.batch, all.key_head, key);
   BackwardTile<Element> tile{};
@@ -450,7 +452,7 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
                       rows.first - all.first};
       const TileKind kind = visible.kind[block][first / kPartKeys];
       if (kind != TileKind::kSkip) {
-        backward_part<T>(p, to, rows, kind, part, tile, w);
+        backward_part<T>(p, to, rows, kind, part, tile, ahead, w);
       } else if (!tile.careful) {
         OperandsOfPart<Real, Element>(w, part).clear(rows, whole_keys(part.keys));
       }
@@ -464,9 +466,9 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   const int64_t last_rows = kVectorsAtOnce > 1 ? last.vectors * kLanes<Real> : last.count;
   const int64_t row_elements = (last.first + last_rows - all.first - first_row + kStep - 1) / kStep;
   const auto over_rows = [&](const Element* weights, const Element* by_row, int64_t stride,
-                             int64_t width, Real* sums, const Upcoming& next) {
+                             int64_t width, Real* sums, const Upcoming& operand) {
     width = padded<Real>(width);
-    Ahead ahead{next};
+    ahead.operand = operand;
     multiply<false>(
         count, width / kLanes<Real>, row_elements,
         weights + first_key * kStride + first_row / kStep, kStride,
@@ -476,12 +478,11 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   const int64_t key_width = padded<Real>(p.head_dim);
   if (!to.dweights) {
     over_rows(w.weights, operands.douts_by_row, operands.dout_stride, p.value_dim, w.dvalues,
-              upcoming_sums(w.dkeys + key * key_width, keys, key_width));
+              upcoming_sums(p, w.dkeys, key, keys, key_width));
   }
   over_rows(w.gradients, operands.queries_by_row, operands.query_stride, p.head_dim, w.dkeys,
-            packed.upcoming(all, key, keys));
-  const int64_t next = key + kKeys < range.end ? key + kKeys : range.first;
-  Ahead ahead{upcoming_keys<T>(p.key, all, next, range.tile(next), p.head_dim)};
+            kStep == 2 ? packed.upcoming(all, key, keys) : Upcoming());
+  ahead.operand = next_keys;
   const Element* columns = nullptr;
   if constexpr (kStep == 2) columns = packed.tile(all, key, keys, w.key_columns);
   for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
@@ -500,12 +501,18 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
 
 template <typename T, typename Real, typename Element>
 void backward_group(const Problem& p, const BackwardArguments& to, const RowGroup& group,
-                    const PackedColumns<T, Element>& packed,
+                    const PackedColumns<T, Element>& packed, const Ahead& after,
                     const BackwardWorkspace<Real, Element>& w) {
   const BackwardGroup<T, Real, Element> operands(p, to, group, w);
   const KeyRange range(p, group.rows);
+  Ahead around = after, not_yet;
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    backward_tile<T>(p, to, operands, range, key, packed, w);
+    const int64_t next = key + kKeys;
+    Ahead& ahead = range.end - key > kTilesBeforeTheEnd * kKeys ? not_yet : around;
+    ahead.operand = next < range.end
+                        ? upcoming_keys<T>(p.key, group.rows, next, range.tile(next), p.head_dim)
+                        : after.operand;
+    backward_tile<T>(p, to, operands, key, range.tile(key), packed, ahead, w);
   }
   const Real scale = static_cast<Real>(p.scale);
   for (int64_t block = 0; block < group.count; ++block) {
@@ -530,25 +537,61 @@ inline bool mask_is_shared(const Problem& p, const BackwardArguments& to) {
                       (to.dmask.stride[1] == 0 && p.query_heads > 1));
 }
 
+// What is written or read after a group's products; next: the group after it, or null.
+template <typename T, typename Real>
+Ahead after_group(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
+                  const RowBlock* next, bool writes_key_gradients) {
+  Ahead after;
+  after.add(upcoming_rows<T>(to.dquery, rows, p.head_dim));
+  if (writes_key_gradients) {
+    const int64_t keys = std::min(p.key_length, kTilesBeforeTheEnd * kKeys);
+    after.add(upcoming_keys<T>(to.dkey, rows, 0, keys, p.head_dim));
+    if (!to.dweights) after.add(upcoming_keys<T>(to.dvalue, rows, 0, keys, p.value_dim));
+  }
+  if (!next) return after;
+  after.operand = first_keys<T>(p, *next, KeyRange(p, *next));
+  after.add(upcoming_rows<T>(p.query, *next, p.head_dim));
+  if (to.dweights) return after;
+  after.add(upcoming_rows<T>(to.dout, *next, p.value_dim));
+  after.add(upcoming_rows<T>(to.out, *next, p.value_dim));
+  return after;
+}
+
 // One of `threads` threads' part of a pair: the groups of the heads that share a key head, in turns
 // that change direction each time, since causal work grows from one to the next; or, under a shared
-// mask gradient, groups with all of these heads.
+// mask gradient, groups with all of these heads. Pair `next_pair` comes after this one, if it
+// exists.
 template <typename T, typename Real, typename Element>
-void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t groups,
-                   int64_t thread, int64_t threads, const PackedColumns<T, Element>& packed,
+void backward_pair(const Problem& p, const BackwardArguments& to, int64_t pair, int64_t next_pair,
+                   int64_t groups, int64_t thread, int64_t threads,
+                   const PackedColumns<T, Element>& packed,
                    const BackwardWorkspace<Real, Element>& w) {
-  const int64_t heads = p.query_heads / p.key_heads, batch = pair / p.key_heads;
+  const int64_t heads = p.query_heads / p.key_heads;
   const int64_t heads_at_once = mask_is_shared(p, to) ? heads : 1;
   const int64_t items = heads / heads_at_once * groups;
   std::fill(w.dkeys, w.dkeys + p.key_length * padded<Real>(p.head_dim), Real(0));
   std::fill(w.dvalues, w.dvalues + p.key_length * padded<Real>(p.value_dim), Real(0));
+  const auto item_of = [&](int64_t turn) {
+    return turn * threads + (turn % 2 ? threads - 1 - thread : thread);
+  };
+  const auto group_of = [&](int64_t of_pair, int64_t item, int64_t head) {
+    const int64_t first_head = of_pair % p.key_heads * heads + item / groups;
+    return RowGroup::make<Real>(p, of_pair / p.key_heads, first_head + head, item % groups, groups);
+  };
   for (int64_t turn = 0; turn * threads < items; ++turn) {
-    const int64_t item = turn * threads + (turn % 2 ? threads - 1 - thread : thread);
+    const int64_t item = item_of(turn), next_item = item_of(turn + 1);
     if (item >= items) continue;
-    const int64_t first_head = pair % p.key_heads * heads + item / groups;
-    for (int64_t head = first_head; head < first_head + heads_at_once; ++head) {
-      const auto group = RowGroup::make<Real>(p, batch, head, item % groups, groups);
-      backward_group<T>(p, to, group, packed, w);
+    for (int64_t head = 0; head < heads_at_once; ++head) {
+      const RowGroup group = group_of(pair, item, head);
+      const bool last_head = head + 1 == heads_at_once, last = last_head && next_item >= items;
+      const bool none = last && next_pair >= p.batch * p.key_heads;
+      const RowGroup next = none        ? group
+                            : last      ? group_of(next_pair, item_of(0), 0)
+                            : last_head ? group_of(pair, next_item, 0)
+                                        : group_of(pair, item, head + 1);
+      const Ahead after = after_group<T, Real>(p, to, group.rows, none ? nullptr : &next.rows,
+                                               last && threads == 1);
+      backward_group<T>(p, to, group, packed, after, w);
     }
   }
 }
@@ -609,7 +652,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
       BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        backward_pair(p, to, pair, groups, 0, 1, packed, *own);
+        backward_pair(p, to, pair, pair + omp_get_num_threads(), groups, 0, 1, packed, *own);
         for (int64_t row = 0; row < p.key_length; ++row) {
           write_key_gradients<T>(p, to, pair, row, own, 1);
         }
@@ -625,7 +668,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
       // The team can be smaller than asked for; parts are numbered by the loop, not by the thread.
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < threads; ++part) {
-        backward_pair(p, to, pair, groups, part, threads, packed, parts[part]);
+        backward_pair(p, to, pair, pair + 1, groups, part, threads, packed, parts[part]);
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.key_length; ++row) {

@@ -118,14 +118,12 @@ void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, i
   }
 }
 
-// The tile of a range that begins at `key`: scores, softmax, product with the values, which asks
-// for what is around. There is no output yet if it is the `first` one, and without care none is
-// read.
+// One tile: scores, softmax, product with the values. There is no output yet if it is the `first`
+// one, and without care none is read.
 template <typename T, typename Real, typename Element>
-void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, const KeyRange& range,
-                  int64_t key, bool first, bool careful, const PackedColumns<T, Element>& packed,
-                  Ahead& around, const ForwardWorkspace<Real, Element>& w) {
-  const int64_t keys = range.tile(key);
+void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
+                  bool first, bool careful, const PackedColumns<T, Element>& packed, Ahead& ahead,
+                  const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
   const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
   const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
@@ -139,11 +137,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, const K
     update_softmax<false>(w, rows, whole, factor);
   }
 
-  // The block after this one most likely begins with the same keys.
-  const int64_t next = key + kKeys < range.end ? key + kKeys : range.first;
-  around.operand = upcoming_keys<T>(p.key, rows, next, range.tile(next), p.head_dim);
   const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale,
-                          nullptr,  &around};
+                          nullptr,  &ahead};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
     // A product over nothing, which rescales the output.
@@ -164,22 +159,25 @@ void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
   std::fill(w.output, w.output + p.value_dim * kRows<Real>, Real(0));
 }
 
-// All tiles of a range, one after another; `careful` as in forward_tile. Returns whether any of
-// them has hidden pairs.
+// All tiles of a range, one after another; `careful` as in forward_tile, `after`: what is read or
+// written after them. Returns whether any of them has hidden pairs.
 template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
-                  const PackedColumns<T, Element>& packed, Ahead around,
+                  const PackedColumns<T, Element>& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
-  constexpr int64_t kTilesBefore = 4;  // the end, lest keys drive out what is around
-  Ahead not_yet;
+  Ahead around = after, not_yet;
   bool any_edge = false, first = true;
   if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const TileKind kind = classify(p, rows, key, range.tile(key));
+    const int64_t keys = range.tile(key), next = key + kKeys;
+    const TileKind kind = classify(p, rows, key, keys);
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;
-    forward_tile<T>(p, rows, kind, range, key, first, careful, packed,
-                    range.end - key > kTilesBefore * kKeys ? not_yet : around, w);
+    Ahead& ahead = range.end - key > kTilesBeforeTheEnd * kKeys ? not_yet : around;
+    ahead.operand = next < range.end
+                        ? upcoming_keys<T>(p.key, rows, next, range.tile(next), p.head_dim)
+                        : after.operand;
+    forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, ahead, w);
     first = false;
   }
   if (first) clear_output(p, w);
@@ -189,7 +187,7 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
 void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
-                  const PackedColumns<T, Element>& packed, const Ahead& around,
+                  const PackedColumns<T, Element>& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
   pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
   // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
@@ -197,7 +195,7 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
   for (bool careful : {false, true}) {
     std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
     std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
-    const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, around, w);
+    const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, after, w);
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
   }
 }
@@ -271,10 +269,10 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
       const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
-      const Ahead around{{},
-                         {upcoming_rows<T>(to.out, rows, p.value_dim),
-                          upcoming_rows<T>(p.query, next, p.head_dim)}};
-      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, around, w);
+      Ahead after{first_keys<T>(p, next, KeyRange(p, next))};
+      after.add(upcoming_rows<T>(to.out, rows, p.value_dim));
+      after.add(upcoming_rows<T>(p.query, next, p.head_dim));
+      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, after, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }
     if (parts > 1) {

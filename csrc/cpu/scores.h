@@ -282,7 +282,8 @@ Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64
                     Real* s, const Upcoming& operand = {}, Real* top = nullptr,
                     Real* slope = nullptr) {
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
-  Ahead ahead{operand, {next_entries<Real>(p, rows, key + keys, keys)}};
+  Ahead ahead{operand};
+  ahead.add(next_entries<Real>(p, rows, key + keys, keys));
   const int64_t whole = whole_keys(keys);
   Real* top_of_products = kProductsFindMaxima ? top : nullptr;
   multiply<false>(whole, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,

@@ -78,7 +78,7 @@ Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, in
           width * kSize, rows.count};
 }
 
-// Keys or values [first, first + count) of a view, to be read before long.
+// Keys or values [first, first + count), or their gradients.
 template <typename T>
 Upcoming upcoming_keys(const View& view, const RowBlock& rows, int64_t first, int64_t count,
                        int64_t width) {
@@ -110,6 +110,16 @@ struct KeyRange {
             std::min(end, first + tiles * (index + 1) / parts * kKeys)};
   }
 };
+
+// The keys of a range's first tile.
+template <typename T>
+Upcoming first_keys(const Problem& p, const RowBlock& rows, const KeyRange& range) {
+  return upcoming_keys<T>(p.key, rows, range.first, range.tile(range.first), p.head_dim);
+}
+
+// Where products begin to ask for what surrounds a block: so many tiles before its end, lest keys
+// drive it out again.
+constexpr int64_t kTilesBeforeTheEnd = 4;
 
 enum class TileKind { kSkip, kFull, kEdge };
 

@@ -46,29 +46,40 @@ class Upcoming {
   int64_t row_ = 0, column_ = 0;  // of what is asked for next
 };
 
-// What a product asks for while it runs.
+// What a product asks for while it runs: the next product's operand, then whatever was added.
 struct Ahead {
-  Upcoming operand;    // of the next product
-  Upcoming others[2];  // after that
+  Upcoming operand;
+
+  Ahead() = default;
+  explicit Ahead(const Upcoming& operand) : operand(operand) {}
+
+  void add(const Upcoming& other) {
+    if (other.any()) others_[count_++] = other;
+  }
 
   Upcoming::Share share(int64_t steps) {
     // Half a line a step, so each line twice, where nothing else waits: the more evenly they come.
-    const bool more = others[0].any() || others[1].any();
+    const bool more = next_ < count_;
     if (operand.any()) return operand.share(steps, more ? Upcoming::kLine : Upcoming::kLine / 2);
-    for (Upcoming& other : others) {
-      if (other.any()) return other.share(steps, Upcoming::kLine);
-    }
-    return {};
+    return more ? share_of_others(steps) : Upcoming::Share();
   }
 
-  // Some lines of the others at once, where no inner loop has room for them.
+  // Some lines of what was added, at once, where no inner loop has room for them.
   void ask(int64_t lines) {
-    for (Upcoming& other : others) {
-      while (lines > 0 && other.any()) {
-        Upcoming::Share next = other.share(lines, Upcoming::kLine);
-        for (int64_t i = 0; i < next.steps; ++i) next.ask();
-        lines -= next.steps;
-      }
+    while (lines > 0 && next_ < count_) {
+      Upcoming::Share share = share_of_others(lines);
+      for (int64_t i = 0; i < share.steps; ++i) share.ask();
+      lines -= share.steps;
     }
   }
+
+ private:
+  Upcoming::Share share_of_others(int64_t steps) {
+    const Upcoming::Share share = others_[next_].share(steps, Upcoming::kLine);
+    if (!others_[next_].any()) ++next_;
+    return share;
+  }
+
+  Upcoming others_[6];
+  int count_ = 0, next_ = 0;
 };
