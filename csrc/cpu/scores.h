@@ -37,16 +37,20 @@ inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
   return entries;
 }
 
-// A forbidden pair's score is -inf whatever it was: by selection, since NaN - inf is NaN.
+// A forbidden pair's score is -inf whatever it was: by selection, since NaN - inf is NaN. Returns
+// the scores.
 template <typename Real>
-inline void add_entry(Real factor, Vec<Real> entry, Real* score) {
+inline Vec<Real> add_entry(Real factor, Vec<Real> entry, Real* score) {
   const Vec<Real> sum = load(score) * factor + entry;
-  store<Real>(score, entry == -kInfinity<Real> ? entry : sum);
+  const Vec<Real> masked = entry == -kInfinity<Real> ? entry : sum;
+  store<Real>(score, masked);
+  return masked;
 }
 
-// The same for a square of a bool mask, which is transposed while its entries are bytes.
+// The same for a square of a bool mask, which is transposed while its entries are bytes. `top`
+// becomes the larger one of itself and the scores.
 template <typename Real>
-void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s) {
+void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s, Vec<Real>& top) {
   constexpr int64_t kW = kLanes<Real>;
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   Bytes<Real> square[kW];
@@ -56,16 +60,21 @@ void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s) {
 #pragma GCC unroll 16
   for (int64_t j = 0; j < kW; ++j) {
     Real* score = s + j * kRows<Real>;
-    store<Real>(score, widen<Real>(square[j]) != 0 ? load(score) * factor : hidden);
+    const Vec<Real> masked = widen<Real>(square[j]) != 0 ? load(score) * factor : hidden;
+    store<Real>(score, masked);
+    top = simd_max<Real>(masked, top);
   }
 }
 
-// s = factor * s + mask for every row; a mask with row stride 0 is one entry a key.
+// s = factor * s + mask for every row; a mask with row stride 0 is one entry a key. `top` becomes
+// each row's largest score.
 template <typename T, typename Real>
 void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
-                   Real* s) {
+                   Real* s, Real* top) {
   constexpr int64_t kW = kLanes<Real>;
   const int64_t column = mask.stride[3];
+  Vec<Real> tops[kBlockVectors];
+  for (Vec<Real>& lanes : tops) lanes = broadcast(-kInfinity<Real>);
   for (int64_t j0 = 0; j0 < keys; j0 += kW) {
     const int64_t count = std::min(kW, keys - j0);
     const T* from = at<const T>(mask, rows.batch, rows.head, rows.first, key + j0);
@@ -75,7 +84,8 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
       for (int64_t j = 0; j < count; ++j) {
         const Vec<Real> entry = broadcast<Real>(entries[j]);
         for (int64_t v = 0; v < rows.vectors; ++v) {
-          add_entry(factor, entry, block + j * kRows<Real> + v * kW);
+          tops[v] =
+              simd_max<Real>(add_entry(factor, entry, block + j * kRows<Real> + v * kW), tops[v]);
         }
       }
       continue;
@@ -84,9 +94,10 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
       const int64_t stride = mask.stride[2], row_count = std::min(kW, rows.count - first);
       const T* row = from + first * stride;
       const bool whole = row_count == kW && count == kW && column == 1;
+      Vec<Real>& lanes = tops[first / kW];
       if constexpr (std::is_same_v<T, uint8_t>) {
         if (whole) {
-          hide_square(row, stride, factor, block + first);
+          hide_square(row, stride, factor, block + first, lanes);
           continue;
         }
       }
@@ -97,7 +108,8 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
         transpose<Real>(square);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < kW; ++j) {
-          add_entry(factor, square[j], block + j * kRows<Real> + first);
+          lanes =
+              simd_max<Real>(add_entry(factor, square[j], block + j * kRows<Real> + first), lanes);
         }
         continue;
       }
@@ -107,10 +119,12 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
       }
       transpose<Real>(square);
       for (int64_t j = 0; j < count; ++j) {
-        add_entry(factor, square[j], block + j * kRows<Real> + first);
+        lanes =
+            simd_max<Real>(add_entry(factor, square[j], block + j * kRows<Real> + first), lanes);
       }
     }
   }
+  for (int64_t v = 0; v < kBlockVectors; ++v) store<Real>(top + v * kW, tops[v]);
 }
 
 // Runs `call` with a value of the type of a mask's entries; bytes are bools.
@@ -126,17 +140,15 @@ void with_mask_type(DType dtype, Call call) {
 
 template <typename Real>
 void apply_mask(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
-                Real* s) {
+                Real* s, Real* top) {
   with_mask_type<Real>(mask.dtype, [&](auto type) {
-    apply_mask_of<decltype(type)>(mask, rows, key, keys, factor, s);
+    apply_mask_of<decltype(type)>(mask, rows, key, keys, factor, s, top);
   });
 }
 
 // Hide what lies beyond the window or the diagonal.
 template <typename Real>
 void apply_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
-  const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
-  if (key + keys - 1 <= low + p.right && key >= high - p.left) return;  // all of it is visible
   const Vec<Real> lane = lane_index<Real>();
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   for (int64_t j = 0; j < keys; ++j) {
@@ -245,13 +257,23 @@ Real finish_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_
     if (top && (p.softcap != 0 || p.alibi_slopes)) find_maxima(rows, keys, s, top);
     return factor;
   }
+  alignas(kVectorBytes) Real masked_top[kRows<Real>];
+  bool found = false;
   for (const View* mask : {&p.mask, &p.key_mask}) {
     if (!*mask) continue;
-    apply_mask(*mask, rows, key, keys, factor, s);
-    factor = 1;
+    apply_mask(*mask, rows, key, keys, factor, s, masked_top);
+    factor = 1, found = true;
   }
-  apply_window(p, rows, key, keys, s);
-  if (top) find_maxima(rows, keys, s, top);
+  if (beyond_window(p, rows, key, keys)) {
+    apply_window(p, rows, key, keys, s);
+    found = false;
+  }
+  if (!top) return factor;
+  if (found) {
+    std::copy_n(masked_top, kRows<Real>, top);
+  } else {
+    find_maxima(rows, keys, s, top);
+  }
   return factor;
 }
 

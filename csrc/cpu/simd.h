@@ -433,7 +433,7 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
   return sum;
 }
 
-// --- Transposition of a square of vectors, in log2(lanes) rounds of interleaving
+// --- Transposition of a square of vectors, in log2(lanes) rounds
 
 template <typename V, int kCount, bool kHigh, int... kLane>
 inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
@@ -441,22 +441,52 @@ inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
                                  (kLane % 2 * kCount + kLane / 2 + (kHigh ? kCount / 2 : 0))...);
 }
 
-// Of rows[i], lane j becomes lane i of rows[j]. Each round pairs row i with row i + n / 2 and
-// interleaves their lanes, which rotates one bit of the index (row, lane) from row to lane.
+// The same within each 128 bits, kQuarter lanes.
+template <typename V, int kCount, int kQuarter, bool kHigh, int... kLane>
+inline V interleave_quarters(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b,
+                                 (kLane / kQuarter * kQuarter + kLane % 2 * kCount +
+                                  kLane % kQuarter / 2 + (kHigh ? kQuarter / 2 : 0))...);
+}
+
+// Every second 128 bits of a, then of b: the even or the odd ones.
+template <typename V, int kCount, int kQuarter, bool kOdd, int... kLane>
+inline V every_second_quarter(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kHalf = kCount / 2;
+  return __builtin_shufflevector(
+      a, b,
+      (kLane / kHalf * kCount + (kLane % kHalf / kQuarter * 2 + kOdd) * kQuarter +
+       kLane % kQuarter)...);
+}
+
+// Of rows[i], lane j becomes lane i of rows[j]. Each round takes pairs of rows and exchanges one
+// bit of the row's number with one of the lane's: first those within 128 bits, then the others. All
+// are shuffles that processors have an instruction for, without an index in a register.
 template <int kW, typename V>
 inline __attribute__((always_inline)) void transpose_square(V* rows) {
+  constexpr int kQuarter = std::min<int>(kW, 16 / (sizeof(V) / kW));
   constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
 #pragma GCC unroll 4
-  for (int round = 1; round < kW; round *= 2) {
-    V next[kW];
+  for (int bit = kQuarter / 2; bit > 0; bit /= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kW / 2; ++i) {
-      const V a = rows[i], b = rows[i + kW / 2];
-      next[2 * i] = interleave<V, kW, false>(a, b, kLaneNumbers);
-      next[2 * i + 1] = interleave<V, kW, true>(a, b, kLaneNumbers);
+    for (int pair = 0; pair < kW / 2; ++pair) {
+      const int i = pair / bit * 2 * bit + pair % bit;
+      const V a = rows[i], b = rows[i + bit];
+      rows[i] = interleave_quarters<V, kW, kQuarter, false>(a, b, kLaneNumbers);
+      rows[i + bit] = interleave_quarters<V, kW, kQuarter, true>(a, b, kLaneNumbers);
     }
+  }
+  if constexpr (kQuarter < kW) {
+#pragma GCC unroll 4
+    for (int bit = kQuarter; bit < kW; bit *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kW; ++i) rows[i] = next[i];
+      for (int pair = 0; pair < kW / 2; ++pair) {
+        const int i = pair / bit * 2 * bit + pair % bit;
+        const V a = rows[i], b = rows[i + bit];
+        rows[i] = every_second_quarter<V, kW, kQuarter, false>(a, b, kLaneNumbers);
+        rows[i + bit] = every_second_quarter<V, kW, kQuarter, true>(a, b, kLaneNumbers);
+      }
+    }
   }
 }
 template <typename Real>

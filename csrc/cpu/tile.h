@@ -163,11 +163,17 @@ inline TileKind look_at_key_mask(const Problem& p, int64_t batch, int64_t key, i
   return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
 }
 
+// Whether any of a tile lies beyond the window or the diagonal.
+inline bool beyond_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
+  const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
+  return key + keys - 1 > low + p.right || key < high - p.left;
+}
+
 // Skip, Full or Edge, by position and masks; only an Edge tile tests an index or a mask again.
 inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
   const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
   if (key > high + p.right || key + keys - 1 < low - p.left) return TileKind::kSkip;
-  bool edge = key + keys - 1 > low + p.right || key < high - p.left;
+  bool edge = beyond_window(p, rows, key, keys);
   if (p.key_mask) {
     const TileKind kind = p.key_mask.dtype == DType::kBool
                               ? look_at_key_mask(p, rows.batch, key, keys)
