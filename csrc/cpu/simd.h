@@ -146,9 +146,10 @@ struct Exp2Sixteenths {
 };
 constexpr Exp2Sixteenths kExp2Sixteenths;
 
-// exp2 of any x from a table: relative error below 2e-9 plus rounding, 0 below the smallest normal
-// number, inf where it overflows. Of thirteen instructions five multiply: on Zen 5 the others have
-// units of their own, beside the two that matrix products fill.
+// exp2 of any x but inf from a table: relative error below 2e-9 plus rounding, 0 below the smallest
+// normal number, inf where it overflows. Of eleven instructions four multiply: on Zen 5 the others
+// have units of their own, beside the two that matrix products fill. vreduceps would be both the
+// rounding and the subtraction, and takes both units of additions for as long.
 inline Vec<float> exp2_by_sixteenths(Vec<float> x) {
   const __m512 wide = (__m512)x;
   const __m512 nearest = _mm512_roundscale_ps(wide, 4 << 4), f = _mm512_sub_ps(wide, nearest);
