@@ -1,9 +1,10 @@
 """How far the CPU kernels are from the machine's limits: `make bench-cpu`.
 
 Measures every row of bench/cpu_rows.py, prints it beside its targets and writes
-bench/results/cpu_targets.json. In each round both sides take turns with the peak, in short bursts
-after rests; a figure is the median over the rounds of the figure of each round, so that what slows
-the machine for a while slows what is divided by what alike.
+bench/results/cpu_targets.json. In each round both sides take turns with the peak, each
+after a rest, and the peak for about as long as they; a figure is the median over the rounds of the
+figure of each round, so that what slows the machine for a while slows what is divided by what
+alike.
 
     python -m bench.cpu --only decode "forward (1, 8, 4096, 64)" --rounds 15
 """
@@ -32,7 +33,7 @@ from rich.table import Table
 from attn_ext.backends import cpu
 from attn_ext.benchmark.machine import machine
 from attn_ext.benchmark.measure import alternate, timed
-from attn_ext.benchmark.peak import Peaks, multiply_add_rate, peaks, read_rate
+from attn_ext.benchmark.peak import Peaks, peaks, read_rate, sustained_rate
 from bench.cpu_rows import Row, all_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def peak_side(name: str, threads: int) -> Callable[[], float]:
     """Measures a limit in milliseconds: operations or bytes a second, NaN if there is none."""
     if name == "memory":
         return lambda: read_rate(threads)
-    return lambda: multiply_add_rate(name, threads) or math.nan
+    return lambda: sustained_rate(name, threads) or math.nan
 
 
 def measure(row: Row, rounds: int) -> Result:

@@ -169,6 +169,8 @@ def test_table_and_report() -> None:
 def test_limits_are_positive(threads: int) -> None:
     for name in peak.FUNCTIONS:
         rate = peak.multiply_add_rate(name, threads, iterations=10, bursts=1)
+        sustained = peak.sustained_rate(name, threads, seconds=0)
+        assert (rate is None) == (sustained is None)
         assert rate is None or rate > 0
     assert peak.read_rate(threads, read_bytes=2**16, reads=1) > 0
 
