@@ -188,9 +188,18 @@ void score_gradients(const Problem& p, const RowBlock& rows, const Part& part, R
 template <typename Sum, typename Real>
 void add_mask_gradient(const View& dmask, const RowBlock& rows, int64_t key, int64_t keys,
                        const Real* dscores) {
+  const int64_t column = dmask.stride[3];
+  if (dmask.stride[2] == 0) {  // an entry for all rows: a block's sum first, for accuracy
+    Sum* to = at<Sum>(dmask, rows.batch, rows.head, 0, key);
+    for (int64_t j = 0; j < keys; ++j) {
+      const Real* gradients = dscores + j * kRows<Real>;
+      to[j * column] += std::accumulate(gradients, gradients + rows.count, Sum(0));
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows.count; ++i) {
     Sum* to = at<Sum>(dmask, rows.batch, rows.head, rows.first + i, key);
-    for (int64_t j = 0; j < keys; ++j) to[j * dmask.stride[3]] += dscores[j * kRows<Real> + i];
+    for (int64_t j = 0; j < keys; ++j) to[j * column] += dscores[j * kRows<Real> + i];
   }
 }
 
