@@ -249,6 +249,12 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         },
     },
 }
+_ONE_PASS_RDNA_FLOAT32 = {
+    32: _C(32, 16, 8),
+    64: _C(32, 16, 8),
+    128: _C(16, 16, 8),
+    256: _C(16, 16, 8),
+}
 # Of the weights and the mask's gradient, whose loops are over heads; "" is any other family.
 _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     "weights": {
@@ -256,12 +262,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
         ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
         ("nvidia", 32): {32: _C(64, 32), 64: _C(64, 32), 128: _C(16, 64), 256: _C(16, 32)},
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 32, 2)),
-        ("rdna", 32): {
-            32: _C(32, 16, 8),
-            64: _C(32, 16, 8),
-            128: _C(16, 16, 8),
-            256: _C(16, 16, 8),
-        },
+        ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
     "mask_gradient": {
         ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 64)},
@@ -270,12 +271,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
         ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
         ("nvidia", 32): {32: _C(32, 64), 64: _C(32, 64), 128: _C(16, 32), 256: _C(16, 32)},
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
-        ("rdna", 32): {
-            32: _C(32, 16, 8),
-            64: _C(32, 16, 8),
-            128: _C(16, 16, 8),
-            256: _C(16, 16, 8),
-        },
+        ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
 }
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]

@@ -514,14 +514,9 @@ void backward_group(const Problem& p, const BackwardArguments& to, const RowGrou
                     const BackwardWorkspace<Real, Element>& w) {
   const BackwardGroup<T, Real, Element> operands(p, to, group, w);
   const KeyRange range(p, group.rows);
-  Ahead around = after, not_yet;
+  AheadOfTiles<T> ahead(p, group.rows, range, after);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const int64_t next = key + kKeys;
-    Ahead& ahead = range.end - key > kTilesBeforeTheEnd * kKeys ? not_yet : around;
-    ahead.operand = next < range.end
-                        ? upcoming_keys<T>(p.key, group.rows, next, range.tile(next), p.head_dim)
-                        : after.operand;
-    backward_tile<T>(p, to, operands, key, range.tile(key), packed, ahead, w);
+    backward_tile<T>(p, to, operands, key, range.tile(key), packed, ahead.at(key), w);
   }
   const Real scale = static_cast<Real>(p.scale);
   for (int64_t block = 0; block < group.count; ++block) {

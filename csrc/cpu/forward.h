@@ -165,19 +165,15 @@ template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
                   const PackedColumns<T, Element>& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
-  Ahead around = after, not_yet;
+  AheadOfTiles<T> ahead(p, rows, range, after);
   bool any_edge = false, first = true;
   if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
-    const int64_t keys = range.tile(key), next = key + kKeys;
+    const int64_t keys = range.tile(key);
     const TileKind kind = classify(p, rows, key, keys);
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;
-    Ahead& ahead = range.end - key > kTilesBeforeTheEnd * kKeys ? not_yet : around;
-    ahead.operand = next < range.end
-                        ? upcoming_keys<T>(p.key, rows, next, range.tile(next), p.head_dim)
-                        : after.operand;
-    forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, ahead, w);
+    forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, ahead.at(key), w);
     first = false;
   }
   if (first) clear_output(p, w);

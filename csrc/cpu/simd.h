@@ -436,18 +436,17 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
 
 // --- Transposition of a square of vectors, in log2(lanes) rounds
 
-template <typename V, int kCount, bool kHigh, int... kLane>
-inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(a, b,
-                                 (kLane % 2 * kCount + kLane / 2 + (kHigh ? kCount / 2 : 0))...);
-}
-
-// The same within each 128 bits, kQuarter lanes.
+// Lanes of a and b in turns within each kQuarter lanes: of their low or high halves.
 template <typename V, int kCount, int kQuarter, bool kHigh, int... kLane>
 inline V interleave_quarters(V a, V b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b,
                                  (kLane / kQuarter * kQuarter + kLane % 2 * kCount +
                                   kLane % kQuarter / 2 + (kHigh ? kQuarter / 2 : 0))...);
+}
+
+template <typename V, int kCount, bool kHigh, int... kLane>
+inline V interleave(V a, V b, std::integer_sequence<int, kLane...> lanes) {
+  return interleave_quarters<V, kCount, kCount, kHigh>(a, b, lanes);
 }
 
 // Every second 128 bits of a, then of b: the even or the odd ones.

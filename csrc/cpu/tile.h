@@ -121,6 +121,30 @@ Upcoming first_keys(const Problem& p, const RowBlock& rows, const KeyRange& rang
 // drive it out again.
 constexpr int64_t kTilesBeforeTheEnd = 4;
 
+// What the products of a range's tiles ask for, one tile after another: the next one's keys, and at
+// the end what comes after the range, its operand being the first keys there.
+template <typename T>
+class AheadOfTiles {
+ public:
+  AheadOfTiles(const Problem& p, const RowBlock& rows, const KeyRange& range, const Ahead& after)
+      : p_(p), rows_(rows), range_(range), after_(after), around_(after) {}
+
+  // Of the tile that begins at `key`.
+  Ahead& at(int64_t key) {
+    Ahead& ahead = range_.end - key > kTilesBeforeTheEnd * kKeys ? not_yet_ : around_;
+    const KeyRange rest(key + kKeys, range_.end);
+    ahead.operand = rest.first < rest.end ? first_keys<T>(p_, rows_, rest) : after_.operand;
+    return ahead;
+  }
+
+ private:
+  const Problem& p_;
+  const RowBlock& rows_;
+  const KeyRange& range_;
+  const Ahead& after_;
+  Ahead around_, not_yet_;
+};
+
 enum class TileKind { kSkip, kFull, kEdge };
 
 // What the bool mask says of a tile: one look at each of its bytes, which are 0 or 1.
