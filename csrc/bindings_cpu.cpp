@@ -9,14 +9,17 @@ namespace {
 
 // Less work than this does not pay for waking another thread.
 constexpr double kFlopsPerThread = 2e6;
+// Query rows that share a key head: fewer take as long, with lanes left empty or loads awaited.
+constexpr int64_t kLeastRows = 8;
 
 int threads_for(int available, double flops) {
   if (flops >= available * kFlopsPerThread) return available;
   return std::max(1, static_cast<int>(flops / kFlopsPerThread));
 }
 int threads_for(int available, const attn_ext::Problem& p) {
-  const double pairs = static_cast<double>(p.batch) * static_cast<double>(p.query_heads) *
-                       static_cast<double>(p.query_length) * static_cast<double>(p.key_length);
+  const int64_t rows = std::max(p.query_heads * p.query_length, p.key_heads * kLeastRows);
+  const double pairs = static_cast<double>(p.batch) * static_cast<double>(rows) *
+                       static_cast<double>(p.key_length);
   return threads_for(available, 2 * pairs * static_cast<double>(p.head_dim + p.value_dim));
 }
 

@@ -8,13 +8,16 @@
 // tests/test_contract.py.
 
 constexpr int64_t kDecodeRows = 8;
-constexpr int64_t kDecodeKeys = 512;  // fewer lie in a cache anyway
 constexpr int kLinesARow = 8;  // that memory delivers during a row's softmax, which reads none
 
-// Not where weights are recomputed from LSE, since that is done in forward.h's order of summation.
+// Where it is the faster one: with keys beyond the first caches, or so few rows of a head that
+// forward.h leaves most lanes empty. Not where weights are recomputed from LSE, since that is done
+// in forward.h's order of summation.
 inline bool suits_decode(const Problem& p, const ForwardArguments& to) {
+  const int64_t lanes = p.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
+  const int64_t least_keys = 2 * p.query_length > lanes ? 512 : p.query_length > 4 ? 64 : 0;
   return !(to.lse && to.for_weights) && p.key_heads > 0 && p.dropout_p == 0 &&
-         p.key_length >= kDecodeKeys &&
+         p.key_length >= least_keys &&
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
@@ -108,7 +111,7 @@ Real finish_scores(const Problem& p, const SharingRows& rows, int64_t r, int64_t
   const int64_t first = std::clamp<int64_t>(diagonal - p.left, 0, count);
   const int64_t end = std::clamp<int64_t>(diagonal + p.right + 1, first, count);
   std::fill(s, s + first, -kInfinity<Real>);
-  std::fill(s + end, s + kKeys, -kInfinity<Real>);
+  std::fill(s + end, s + padded<Real>(count), -kInfinity<Real>);
   *any_hidden |= p.mask || p.key_mask || first > 0 || end < count;
   return factor;
 }
@@ -137,7 +140,7 @@ void update_row(int64_t r, int64_t count, int64_t width, Real factor, Real* s,
   const Vec<Real> before = broadcast(part.max[r]);
   const Vec<Real> after = larger(across_lanes<Real>(top, larger) * factor, before);
   const Vec<Real> shift = after == -kInfinity<Real> ? Vec<Real>{} : after;
-  for (int64_t j = 0; j < kKeys; j += kW) {
+  for (int64_t j = 0; j < count; j += kW) {
     const Vec<Real> weight = exp2<Real>(load(s + j) * factor - shift);
     store<Real>(s + j, weight);
     total += weight;
@@ -157,9 +160,10 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
                  const T* after, const DecodeWorkspace<Real>& w, const DecodedPart<Real>& part) {
   constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
   const int64_t batch = rows.batch, key_head = rows.key_head, count = rows.count;
+  const int64_t filled = (count + kShared - 1) / kShared * kShared;
   const int64_t width = place_count<T, Real>(p.head_dim);
   const int64_t value_width = place_count<T, Real>(p.value_dim);
-  std::fill(w.queries, w.queries + kDecodeRows * width, Real(0));
+  std::fill(w.queries, w.queries + filled * width, Real(0));
   for (int64_t r = 0; r < count; ++r) {
     const T* query = at<const T>(p.query, batch, rows.head(r), rows.row(r));
     for (int64_t d = 0; d < p.head_dim; d += kStep) {
@@ -174,9 +178,9 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
   // As in forward_part: a hidden weight of 0 that met NaN shows in the output.
   for (bool careful : {false, true}) {
     bool any_hidden = false;
-    std::fill(part.output, part.output + kDecodeRows * value_width, Real(0));
-    for (int64_t r = 0; r < kDecodeRows; ++r) {
-      const bool sink = p.sinks && first_part && r < count;
+    std::fill(part.output, part.output + filled * value_width, Real(0));
+    for (int64_t r = 0; r < count; ++r) {
+      const bool sink = p.sinks && first_part;
       part.max[r] = sink ? *at<const Real>(p.sinks, 0, rows.head(r), 0) * static_cast<Real>(kLog2E)
                          : -kInfinity<Real>;
       part.sum[r] = sink && part.max[r] != -kInfinity<Real> ? Real(1) : Real(0);
