@@ -525,7 +525,7 @@ void backward_group(const Problem& p, const BackwardArguments& to, const RowGrou
     const int64_t stride = to.dquery.stride[2];
     for_each_row(w.dqueries[block], p.head_dim, rows,
                  [=](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-                   store_some<Real>(dquery + i * stride + d, x * scale, count);
+                   store_some(dquery + i * stride + d, x * scale, count);
                  });
     if (!to.dweights) continue;
     for (int64_t i = 0; i < rows.count; ++i) {
@@ -612,7 +612,7 @@ void write_key_gradients(const Problem& p, const BackwardArguments& to, int64_t 
       for (int t = 0; t < count; ++t) {
         sum += load(parts[t].*member + row * padded<Real>(width) + d);
       }
-      store_some<Real>(out + d, sum * scale, width - d);
+      store_some(out + d, sum * scale, width - d);
     }
   };
   using Workspace = BackwardWorkspace<Real, Element>;

@@ -252,11 +252,11 @@ void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRo
       Vec<Real> x = load(merged + d) * inverse;
       if constexpr (kStep > kW) {
         const Vec<Real> odd = load(merged + d + kW) * inverse;
-        store_some<Real>(out + d + kW, interleave<Vec<Real>, kW, true>(x, odd, kLaneNumbers),
-                         p.value_dim - d - kW);
+        store_some(out + d + kW, interleave<Vec<Real>, kW, true>(x, odd, kLaneNumbers),
+                   p.value_dim - d - kW);
         x = interleave<Vec<Real>, kW, false>(x, odd, kLaneNumbers);
       }
-      store_some<Real>(out + d, x, p.value_dim - d);
+      store_some(out + d, x, p.value_dim - d);
     }
   }
 }

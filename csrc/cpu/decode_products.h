@@ -58,13 +58,13 @@ template <typename T, typename Real>
 constexpr int64_t kColumns = (std::is_same_v<T, BFloat16> ? 2 : 1) * kLanes<Real>;
 
 inline void load_columns(const float* from, int64_t count, Vec<float>* x, Vec<float>*) {
-  *x = load_some<float>(from, count);
+  *x = load_some(from, count);
 }
 inline void load_columns(const Float16* from, int64_t count, Vec<float>* x, Vec<float>*) {
-  *x = load_some<float>(from, count);
+  *x = load_some(from, count);
 }
 inline void load_columns(const double* from, int64_t count, Vec<double>* x, Vec<double>*) {
-  *x = load_some<double>(from, count);
+  *x = load_some(from, count);
 }
 inline void load_columns(const BFloat16* from, int64_t count, Vec<float>* even, Vec<float>* odd) {
   const Words pairs = reinterpret_cast<Words>(load_pairs(from, 0, count));

@@ -211,7 +211,7 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
   const int64_t stride = to.out.stride[2];
   for_each_row(w.output, p.value_dim, rows,
                [=, &inverse](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-                 store_some<Real>(out + i * stride + d, x * inverse[i], count);
+                 store_some(out + i * stride + d, x * inverse[i], count);
                });
 }
 

@@ -9,32 +9,27 @@ bool all_finite(const T* rows, int64_t stride, int64_t count, int64_t width) {
   Vec<Real> sum{};  // of products with 0: NaN if anything was not finite
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t d = 0; d < width; d += kLanes<Real>) {
-      sum += load_some<Real>(rows + i * stride + d, width - d) * Real(0);
+      sum += load_some(rows + i * stride + d, width - d) * Real(0);
     }
   }
   return !any(sum != sum);
 }
 
-// `count` entries of a mask along the keys, in log2 units; -inf where it forbids.
+// `count` entries of a mask along the keys, in log2 units; -inf where it forbids. Lanes beyond hold
+// anything.
 template <typename Real, typename T>
 inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
-  constexpr bool kBool = std::is_same_v<T, uint8_t>;
-  Vec<Real> entries{};
-  if constexpr (!kBool) {
-    if (stride == 1) return load_some<Real>(from, count) * Real(kLog2E);
+  T neighbours[kLanes<Real>];
+  if (stride != 1) {
+    for (int64_t j = 0; j < count; ++j) neighbours[j] = from[j * stride];
+    from = neighbours;
+  }
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    const Vec<Real> seen{}, hidden = broadcast(-kInfinity<Real>);
+    return widen<Real>(load_items<Bytes<Real>>(from, count)) != 0 ? seen : hidden;
   } else {
-    const Vec<Real> hidden = broadcast(-kInfinity<Real>);
-    if (stride == 1 && count == kLanes<Real>)
-      return widen<Real>(load_integers<Bytes<Real>>(from)) != 0 ? entries : hidden;
+    return load_some(from, count) * Real(kLog2E);
   }
-  for (int64_t j = 0; j < count; ++j) {
-    if constexpr (kBool) {
-      entries[j] = from[j * stride] ? Real(0) : -kInfinity<Real>;
-    } else {
-      entries[j] = static_cast<Real>(to_float(from[j * stride])) * Real(kLog2E);
-    }
-  }
-  return entries;
 }
 
 // A forbidden pair's score is -inf whatever it was: by selection, since NaN - inf is NaN. Returns
@@ -55,7 +50,7 @@ void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s, Vec<
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   Bytes<Real> square[kW];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kW; ++i) square[i] = load_integers<Bytes<Real>>(mask + i * stride);
+  for (int64_t i = 0; i < kW; ++i) square[i] = load_items<Bytes<Real>>(mask + i * stride);
   transpose_square<kW>(square);
 #pragma GCC unroll 16
   for (int64_t j = 0; j < kW; ++j) {
@@ -376,13 +371,12 @@ void dropout_factors(const Problem& p, const RowBlock& rows, int64_t key, int64_
       random.make(p, head, first_row - above, above + count,
                   RandomByte::of(first_row, column).column_word);
       for (int64_t lane = 0; lane < count; lane += kLanes<Real>) {
-        const Bytes32<Real> least = load_integers<Bytes32<Real>>(random.least + above + lane);
+        const Bytes32<Real> least = load_items<Bytes32<Real>>(random.least + above + lane);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < 8; ++i) {
           const int64_t j = start + pair + i / 2 * 8 + i % 2;
           if (j < 0 || j >= keys) continue;
-          const Bytes32<Real> word =
-              load_integers<Bytes32<Real>>(random.words[i / 4] + above + lane);
+          const Bytes32<Real> word = load_items<Bytes32<Real>>(random.words[i / 4] + above + lane);
           store<Real>(keep + j * kRows<Real> + lane,
                       where_not_below<Real>(word >> (i % 4 * 8) & 255, least, factor));
         }

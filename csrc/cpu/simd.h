@@ -247,18 +247,8 @@ inline float to_float(Float16 x) {
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(double x, double* out) { *out = x; }
-inline void from_float(float x, BFloat16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);  // to nearest, ties to even
-  out->bits = x != x ? 0x7FC0 : static_cast<uint16_t>(rounded >> 16);
-}
-inline void from_float(float x, Float16* out) {
-#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES > 16
-  out->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
-#else
+#if !defined(__x86_64__) || ATTN_EXT_VECTOR_BYTES == 16
+inline Float16 to_half(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
@@ -276,35 +266,109 @@ inline void from_float(float x, Float16* out) {
   } else {
     half = (magnitude - 0x38000000u + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   }
-  out->bits = static_cast<uint16_t>(sign | half);
+  return {static_cast<uint16_t>(sign | half)};
+}
 #endif
+
+// --- Vectors of which the first `count` items exist, the rest being 0
+
+// Fewer than 2 * kChunk bytes.
+template <int kChunk>
+inline void copy_by_halves(char* to, const char* from, int64_t bytes) {
+  if (bytes & kChunk) {
+    std::memcpy(to, from, kChunk);
+    to += kChunk, from += kChunk;
+  }
+  if constexpr (kChunk > 1) copy_by_halves<kChunk / 2>(to, from, bytes);
 }
 
-// --- Vectors of the storage types, converted; `count` of the lanes exist, the rest are 0
+// No item beyond them is touched. There may be more than the vector holds.
+template <typename Vector, typename Item>
+inline Vector load_items(const Item* p, int64_t count = sizeof(Vector) / sizeof(Item)) {
+  constexpr int64_t kItems = sizeof(Vector) / sizeof(Item);
+  Vector x{};
+  if (count >= kItems) {
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  constexpr int kBytes = sizeof(Vector), kSize = sizeof(Item);
+  const uint32_t lanes = (1u << std::max<int64_t>(count, 0)) - 1;
+  if constexpr (kBytes == 64 && kSize == 8) return (Vector)_mm512_maskz_loadu_epi64(lanes, p);
+  if constexpr (kBytes == 64 && kSize == 4) return (Vector)_mm512_maskz_loadu_epi32(lanes, p);
+  if constexpr (kBytes == 64 && kSize == 2) return (Vector)_mm512_maskz_loadu_epi16(lanes, p);
+  if constexpr (kBytes == 32 && kSize == 2) return (Vector)_mm256_maskz_loadu_epi16(lanes, p);
+  if constexpr (kBytes == 16 && kSize == 1) return (Vector)_mm_maskz_loadu_epi8(lanes, p);
+#endif
+  if (count > 0) {
+    copy_by_halves<kVectorBytes / 2>(reinterpret_cast<char*>(&x), reinterpret_cast<const char*>(p),
+                                     count * static_cast<int64_t>(sizeof(Item)));
+  }
+  return x;
+}
+template <typename Vector, typename Item>
+inline void store_items(Item* p, Vector x, int64_t count) {
+  constexpr int64_t kItems = sizeof(Vector) / sizeof(Item);
+  if (count >= kItems) {
+    std::memcpy(p, &x, sizeof(x));
+  } else if (count > 0) {
+    copy_by_halves<kVectorBytes / 2>(reinterpret_cast<char*>(p), reinterpret_cast<const char*>(&x),
+                                     count * static_cast<int64_t>(sizeof(Item)));
+  }
+}
+
+// --- The same of the storage types, converted
 
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-typedef Halves UnalignedHalves __attribute__((aligned(2), may_alias));
 
-inline Vec<float> load_as(const float* p) { return load(p); }
-inline Vec<double> load_as(const double* p) { return load(p); }
-inline Vec<float> load_as(const BFloat16* p) {
+inline Vec<float> load_some(const float* p, int64_t count) {
+  return load_items<Vec<float>>(p, count);
+}
+inline Vec<double> load_some(const double* p, int64_t count) {
+  return load_items<Vec<double>>(p, count);
+}
+inline Vec<float> load_some(const BFloat16* p, int64_t count) {
+  const Halves bits = load_items<Halves>(p, count);
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64  // which GCC 12 would widen in two halves
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return reinterpret_cast<Vec<float>>((Words)_mm512_cvtepu16_epi32(bits) << 16);
+  return reinterpret_cast<Vec<float>>((Words)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
 #else
-  const Halves bits = *reinterpret_cast<const UnalignedHalves*>(p);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words) << 16);
 #endif
 }
-inline Vec<float> load_as(const Float16* p) {
+inline Vec<float> load_some(const Float16* p, int64_t count) {
+  const Halves bits = load_items<Halves>(p, count);
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
 #else
   Vec<float> x;
-  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = to_float(p[lane]);
+  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = to_float(Float16{bits[lane]});
   return x;
+#endif
+}
+
+inline void store_some(float* p, Vec<float> x, int64_t count) { store_items(p, x, count); }
+inline void store_some(double* p, Vec<double> x, int64_t count) { store_items(p, x, count); }
+inline void store_some(BFloat16* p, Vec<float> x, int64_t count) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  store_items(p, (Halves)_mm512_cvtneps_pbh((__m512)x), count);
+#else
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // ties to even
+  const Words rounded = x != x ? Words{} + 0x7FC0 : nearest;
+  store_items(p, __builtin_convertvector(rounded, Halves), count);
+#endif
+}
+inline void store_some(Float16* p, Vec<float> x, int64_t count) {
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  store_items(p, (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT), count);
+#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
+  store_items(p, (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT), count);
+#else
+  Halves bits;
+  for (int lane = 0; lane < kLanes<float>; ++lane) bits[lane] = to_half(x[lane]).bits;
+  store_items(p, bits, count);
 #endif
 }
 
@@ -313,12 +377,6 @@ template <typename Integer, int kCount>
 struct IntegersOf {
   typedef Integer Type __attribute__((vector_size(sizeof(Integer) * kCount)));
 };
-template <typename Integers, typename Item>
-inline Integers load_integers(const Item* p) {
-  Integers loaded;
-  std::memcpy(&loaded, p, sizeof(loaded));
-  return loaded;
-}
 template <typename Real>
 using Bytes = typename IntegersOf<uint8_t, kLanes<Real>>::Type;
 template <typename Real>
@@ -348,43 +406,6 @@ inline Vec<Real> where_not_below(Bytes32<Real> a, Bytes32<Real> b, Real x) {
   }
 }
 
-inline void store_as(float* p, Vec<float> x) { store<float>(p, x); }
-inline void store_as(double* p, Vec<double> x) { store<double>(p, x); }
-inline void store_as(BFloat16* p, Vec<float> x) {
-#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-#else
-  const Words bits = reinterpret_cast<Words>(x);
-  const Words nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // ties to even
-  const Words rounded = x != x ? Words{} + 0x7FC0 : nearest;
-  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(rounded, Halves);
-#endif
-}
-inline void store_as(Float16* p, Vec<float> x) {
-#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
-  const __m256i bits = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
-#elif defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 32
-  const __m128i bits = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
-#else
-  for (int lane = 0; lane < kLanes<float>; ++lane) from_float(x[lane], p + lane);
-#endif
-}
-
-template <typename Real, typename T>
-inline Vec<Real> load_some(const T* p, int64_t count) {
-  if (count >= kLanes<Real>) return load_as(p);
-  Vec<Real> x{};
-  for (int64_t i = 0; i < count; ++i) x[i] = static_cast<Real>(to_float(p[i]));
-  return x;
-}
-template <typename Real, typename T>
-inline void store_some(T* p, Vec<Real> x, int64_t count) {
-  if (count >= kLanes<Real>) return store_as(p, x);
-  for (int64_t i = 0; i < count; ++i) from_float(x[i], p + i);
-}
-
 typedef float HalfOfFloats __attribute__((vector_size(kVectorBytes / 2)));
 // kLanes<double> lanes of floats from lane kFirst on, as doubles.
 template <int kFirst, int... kLane>
@@ -411,10 +432,9 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
   constexpr int kHalf = kLanes<double>;
   constexpr auto kLaneNumbers = std::make_integer_sequence<int, kHalf>{};
   Vec<double> low{}, high{};
-  int64_t i = 0;
   if constexpr (!std::is_same_v<T, double>) {
-    for (; i + 2 * kHalf <= count; i += 2 * kHalf) {
-      const Vec<float> x = load_as(a + i), y = load_as(b + i);
+    for (int64_t i = 0; i < count; i += 2 * kHalf) {
+      const Vec<float> x = load_some(a + i, count - i), y = load_some(b + i, count - i);
       if constexpr (sizeof(T) == 2) {  // products of halves are floats
         const Vec<float> product = x * y;
         low += some_as_doubles<0>(product, kLaneNumbers);
@@ -425,13 +445,11 @@ inline double dot_in_double(const T* a, const T* b, int64_t count) {
       }
     }
   } else {
-    for (; i + kHalf <= count; i += kHalf) low += load(a + i) * load(b + i);
+    for (int64_t i = 0; i < count; i += kHalf) {
+      low += load_some(a + i, count - i) * load_some(b + i, count - i);
+    }
   }
-  double sum = sum_of_lanes(low + high);
-  for (; i < count; ++i) {
-    sum += static_cast<double>(to_float(a[i])) * static_cast<double>(to_float(b[i]));
-  }
-  return sum;
+  return sum_of_lanes(low + high);
 }
 
 // --- Transposition of a square of vectors, in log2(lanes) rounds

@@ -217,24 +217,14 @@ inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, in
 // Pairs [first, first + lanes) of a row, 0 beyond `width` values; as the bits of floats, for they
 // are only moved.
 inline Vec<float> load_pairs(const BFloat16* row, int64_t first, int64_t width) {
-  const int64_t values = width - 2 * first;
-  Words pairs{};
-  if (values >= 2 * kWordLanes) {
-    std::memcpy(&pairs, row + 2 * first, sizeof(pairs));
-    return reinterpret_cast<Vec<float>>(pairs);
-  }
-  for (int64_t i = 0; i < values; ++i) {
-    pairs[i / 2] |= static_cast<uint32_t>(row[2 * first + i].bits) << (i % 2 * 16);
-  }
-  return reinterpret_cast<Vec<float>>(pairs);
+  return reinterpret_cast<Vec<float>>(load_items<Words>(row + 2 * first, width - 2 * first));
 }
 // Pairs of two rows' values at one place, [first, first + lanes).
 inline Vec<float> pair_rows(const BFloat16* low, const BFloat16* high, int64_t first,
                             int64_t width) {
   const Vec<float> zero{};
-  const Words a = reinterpret_cast<Words>(load_some<float>(low + first, width - first));
-  const Words b =
-      reinterpret_cast<Words>(high ? load_some<float>(high + first, width - first) : zero);
+  const Words a = reinterpret_cast<Words>(load_some(low + first, width - first));
+  const Words b = reinterpret_cast<Words>(high ? load_some(high + first, width - first) : zero);
   return reinterpret_cast<Vec<float>>(a >> 16 | b);
 }
 
@@ -252,7 +242,7 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
     for (int64_t first = 0; first < elements; first += kW) {
       const auto row = [&](int64_t i) -> Vec<Real> {
         if constexpr (kDepth<Element> == 1) {
-          return load_some<Real>(from + i * stride + first, width - first) * factor;
+          return load_some(from + i * stride + first, width - first) * factor;
         } else {
           return load_pairs(from + i * stride, first, width);
         }
@@ -313,7 +303,7 @@ const Element* copied_block(const T* from, int64_t from_stride, int64_t count, i
     Real* to = reinterpret_cast<Real*>(scratch + i * *stride);
     for (int64_t e = 0; e < *stride; e += kLanes<Real>) {
       if constexpr (kStep == 1) {
-        store<Real>(to + e, load_some<Real>(row + e, width - e));
+        store<Real>(to + e, load_some(row + e, width - e));
       } else {
         store<Real>(to + e, load_pairs(row, e, width));
       }

@@ -82,7 +82,7 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
     }
     T* out = at<T>(to.weights, batch, first_head, rows.first, key);
     for_each_row(w.total, keys, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
-      store_some<Real>(out + i * to.weights.stride[2] + j, x * share, count);
+      store_some(out + i * to.weights.stride[2] + j, x * share, count);
     });
   }
 }
