@@ -48,7 +48,6 @@ def forward(
     dropout: typing.Any,
     out: typing.Any,
     lse: typing.Any,
-    for_weights: bool,
 ) -> None:
     """
     Write out and lse.

@@ -120,7 +120,7 @@ def attention(
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if key_padding_mask is not None:
         problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, backend, return_lse, for_weights=False)
+    out, lse = ops.attention(problem, backend, return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -26,13 +26,10 @@ from attn_ext.second_derivatives import (
 )
 
 
-def attention(
-    problem: Problem, backend: str | None, with_lse: bool = True, for_weights: bool = True
-) -> tuple[Tensor, Any]:
+def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:
     """Output (B, Hq, Lq, Dv) and LSE (B, Hq, Lq) of a problem, differentiable.
 
     Without `with_lse` LSE may be None: making a tensor takes a tenth of a small attention's time.
-    Without `for_weights` weights will not be recomputed from it, save for a gradient.
     """
     traced = _is_traced(problem)
     if backend == "reference" or _needs_forward_mode(problem, traced):
@@ -42,7 +39,7 @@ def attention(
         return call("attention", *tensors, *options)
     module = dispatch.select(problem, backend)
     if module is reference or not _needs_gradient(problem):
-        return module.forward(problem, with_lse, for_weights)
+        return module.forward(problem, with_lse)
     result = _record_attention(*differentiable_inputs(problem), problem, module, with_lse)
     return result if with_lse else (result, None)
 

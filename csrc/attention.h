@@ -56,9 +56,6 @@ struct Problem {
 struct ForwardArguments {
   View out;  // (B, Hq, Lq, Dv)
   View lse;  // (B, Hq, Lq, -), compute type, or null
-  // Whether weights will be recomputed from lse, by a backward pass or run_weights: these are the
-  // more exact for scores that were summed in the same order.
-  bool for_weights = true;
 };
 
 // Gradients of an output and of LSE (dout, dlse), or of the weights (dweights); never both.

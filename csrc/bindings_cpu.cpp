@@ -18,17 +18,17 @@ int threads_for(int available, double flops) {
 }
 int threads_for(int available, const attn_ext::Problem& p) {
   const int64_t rows = std::max(p.query_heads * p.query_length, p.key_heads * kLeastRows);
-  const double pairs = static_cast<double>(p.batch) * static_cast<double>(rows) *
-                       static_cast<double>(p.key_length);
+  const double pairs =
+      static_cast<double>(p.batch) * static_cast<double>(rows) * static_cast<double>(p.key_length);
   return threads_for(available, 2 * pairs * static_cast<double>(p.head_dim + p.value_dim));
 }
 
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::all_kernels()[index]; }
 
 void forward(int index, int threads, py::handle problem, py::handle dropout, py::handle out,
-             py::handle lse, bool for_weights) {
+             py::handle lse) {
   const Problem p = as_problem(problem, dropout);
-  const attn_ext::ForwardArguments to{as_view(out), as_view(lse), for_weights};
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
   const py::gil_scoped_release release;
   kernels(index).forward(p.native, to, threads_for(threads, p.native));
 }
@@ -87,8 +87,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads_for", py::overload_cast<int, double>(&threads_for), py::arg("available"),
         py::arg("flops"), "How many threads some work gets.");
   m.def("forward", &forward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
-        py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("for_weights"),
-        "Write out and lse.");
+        py::arg("dropout"), py::arg("out"), py::arg("lse"), "Write out and lse.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

@@ -27,9 +27,9 @@ cuda::Settings as_settings(int device, uintptr_t stream, bool allow_tf32) {
 }
 
 void forward(int device, uintptr_t stream, bool allow_tf32, py::handle problem, py::handle dropout,
-             py::handle out, py::handle lse, bool for_weights) {
+             py::handle out, py::handle lse) {
   const Problem p = as_problem(problem, dropout);
-  const attn_ext::ForwardArguments to{as_view(out), as_view(lse), for_weights};
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
   const py::gil_scoped_release release;
   const cuda::DeviceGuard guard(device);
   cuda::forward(p.native, to, as_settings(device, stream, allow_tf32));
@@ -95,7 +95,7 @@ PYBIND11_MODULE(ATTN_EXT_CUDA_MODULE, m) {
         "Torch's float32, bfloat16, float16, float64 and bool; before anything else.");
   m.def("forward", &forward, py::arg("device"), py::arg("stream"), py::arg("allow_tf32"),
         py::arg("problem"), py::arg("dropout"), py::arg("out"), py::arg("lse"),
-        py::arg("for_weights"), "Write out and lse.");
+        "Write out and lse.");
   m.def("backward", &backward, py::arg("device"), py::arg("stream"), py::arg("allow_tf32"),
         py::arg("problem"), py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"),
         py::arg("dlse"), py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"),

@@ -153,6 +153,9 @@ CASES = [
     # Its backward pass: more rows than one group of blocks has, and parts of tiles that a mask hides.
     Case("groups_of_rows", lambda s: {"causal": True, "dropout_p": 0.2, "seed": 5}, Sizes(1, 2, 1, 290, 270, 48, 64)),
     Case("parts_hidden", lambda s: {"attn_mask": (torch.arange(s.query_length)[:, None] // 32 + torch.arange(s.key_length) // 32) % 3 == torch.tensor(1)}, Sizes(1, 1, 1, 130, 205, 64, 40)),
+    # A few rows with a few keys, and with the rest of a tile; more of them than share what is loaded.
+    Case("decode_few_keys", lambda s: {**_everything(s), "dropout_p": 0.0}, Sizes(query_heads=6, key_heads=2, query_length=2, key_length=19, head_dim=72, value_dim=40)),
+    Case("decode_square", lambda s: {"causal": True}, Sizes(3, 2, 2, 4, 4, 40, 72)),
     # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.
     Case("narrow_and_short", lambda s: {"causal": True}, Sizes(1, 2, 1, 25, 129, 16, 8)),
     *(

@@ -85,7 +85,6 @@ def forward(
     dropout: tuple[int, int] | None,
     out: Tensor,
     lse: Tensor | None,
-    for_weights: bool,
 ) -> None:
     """Writes out and lse."""
     with _device_of(problem):

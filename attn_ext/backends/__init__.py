@@ -1,8 +1,7 @@
 """The implementations of attention, one file each, with the same five functions:
 
     not_supported_reasons(problem) -> list[str]     why this backend can't run it; empty: it can
-    forward(problem, with_lse, for_weights) -> (out, lse)
-        without with_lse LSE may be None; for_weights: the functions below will be given it
+    forward(problem, with_lse) -> (out, lse)        without with_lse LSE may be None
     backward(problem, out, lse, dout, dlse, mask_gradient) -> Gradients
     weights(problem, lse, average) -> weights
     weights_backward(problem, lse, dweights, average, mask_gradient) -> WeightsGradients

@@ -75,11 +75,9 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(
-    problem: Problem, with_lse: bool = True, for_weights: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
-    return native.forward(_cpu, _settings(), problem, with_lse, for_weights)
+    return native.forward(_cpu, _settings(), problem, with_lse)
 
 
 def backward(

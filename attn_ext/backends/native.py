@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256
 
 
 def forward(
-    kernels: Any, settings: tuple[Any, ...], problem: Problem, with_lse: bool, for_weights: bool
+    kernels: Any, settings: tuple[Any, ...], problem: Problem, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     query = problem.query
@@ -30,7 +30,7 @@ def forward(
     if with_lse:
         batch, heads, length, _ = query.shape
         lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype, device=query.device)
-    kernels.forward(*settings, *_arguments(problem), out, lse, for_weights)
+    kernels.forward(*settings, *_arguments(problem), out, lse)
     return out, lse
 
 

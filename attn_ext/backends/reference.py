@@ -24,9 +24,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def forward(
-    problem: Problem, with_lse: bool = True, for_weights: bool = True
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and lse (B, Hq, Lq) in float32 (float64)."""
     exact = _has_non_finite(problem.query, problem.key, problem.value)
     scores, visible = _scores(problem, exact)

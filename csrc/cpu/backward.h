@@ -89,6 +89,17 @@ struct RowGroup {
   }
 };
 
+// A row's delta. Summed in double: it is subtracted from every dP, which it nearly cancels where
+// few keys are visible.
+template <typename T, typename Real>
+Real row_term(const Problem& p, const BackwardArguments& to, int64_t batch, int64_t head,
+              int64_t row) {
+  double sum = dot_in_double(at<const T>(to.out, batch, head, row),
+                             at<const T>(to.dout, batch, head, row), p.value_dim);
+  if (to.dlse) sum -= *at<const Real>(to.dlse, batch, head, row);
+  return static_cast<Real>(sum);
+}
+
 // What a group brings along: its rows in both layouts, LSE and row terms.
 template <typename T, typename Real, typename Element>
 struct BackwardGroup {
@@ -118,22 +129,11 @@ struct BackwardGroup {
       std::fill(w.dqueries[i], w.dqueries[i] + p.head_dim * kRows<Real>, Real(0));
       if (to.dweights) continue;
       pack_transposed<T>(to.dout, block, p.value_dim, Real(1), w.douts[i]);
-      find_row_terms(p, to, block, w.row_term[i]);
-    }
-  }
-
- private:
-  static void find_row_terms(const Problem& p, const BackwardArguments& to, const RowBlock& rows,
-                             Real* row_term) {
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t row = rows.first + i;
-      // In double: it is subtracted from every dP, which it nearly cancels where few keys are
-      // visible.
-      double delta = dot_in_double(at<const T>(to.out, rows.batch, rows.head, row),
-                                   at<const T>(to.dout, rows.batch, rows.head, row), p.value_dim);
-      if (to.dlse) delta -= *at<const Real>(to.dlse, rows.batch, rows.head, row);
-      row_term[i] = static_cast<Real>(delta);
-      if (to.row_term) *at<Real>(to.row_term, rows.batch, rows.head, row) = row_term[i];
+      for (int64_t j = 0; j < block.count; ++j) {
+        const int64_t row = block.first + j;
+        w.row_term[i][j] = row_term<T, Real>(p, to, block.batch, block.head, row);
+        if (to.row_term) *at<Real>(to.row_term, block.batch, block.head, row) = w.row_term[i][j];
+      }
     }
   }
 };

@@ -10,14 +10,13 @@
 constexpr int64_t kDecodeRows = 8;
 constexpr int kLinesARow = 8;  // that memory delivers during a row's softmax, which reads none
 
-// Where it is the faster one: with keys beyond the first caches, or so few rows of a head that
-// forward.h leaves most lanes empty. Not where weights are recomputed from LSE, since that is done
-// in forward.h's order of summation.
-inline bool suits_decode(const Problem& p, const ForwardArguments& to) {
+// Where it is the faster one: with keys beyond the first caches, or so few rows of a head that the
+// blocks of forward.h would be mostly empty. Of the problem alone, so that whatever recomputes
+// weights from LSE sums scores in the order that LSE came from.
+inline bool suits_decode(const Problem& p) {
   const int64_t lanes = p.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
   const int64_t least_keys = 2 * p.query_length > lanes ? 512 : p.query_length > 4 ? 64 : 0;
-  return !(to.lse && to.for_weights) && p.key_heads > 0 && p.dropout_p == 0 &&
-         p.key_length >= least_keys &&
+  return p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= least_keys &&
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
@@ -34,6 +33,31 @@ struct SharingRows {
   int64_t head(int64_t r) const { return first_head + r / rows_a_head; }
   int64_t row(int64_t r) const { return r % rows_a_head; }
 };
+
+// Rows of a tensor with as many heads and rows as the queries, times `factor`, as they are
+// multiplied with keys or values; and zeros until `filled` rows.
+template <typename T, typename Real>
+void load_sharing_rows(const View& view, const SharingRows& rows, int64_t width, Real factor,
+                       int64_t filled, Real* to) {
+  constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
+  const int64_t stride = place_count<T, Real>(width);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const T* from = at<const T>(view, rows.batch, rows.head(r), rows.row(r));
+    for (int64_t d = 0; d < width; d += kStep) {
+      Vec<Real> x[2];
+      load_columns(from + d, width - d, &x[0], &x[1]);
+      for (int64_t i = 0; i < kStep / kW; ++i)
+        store<Real>(to + r * stride + d + i * kW, x[i] * factor);
+    }
+  }
+  std::fill(to + rows.count * stride, to + filled * stride, Real(0));
+}
+
+// How many rows products work with that share what they load among kShared.
+template <int kShared>
+inline int64_t filled_rows(const SharingRows& rows) {
+  return (rows.count + kShared - 1) / kShared * kShared;
+}
 
 // What a thread works with: the rows' queries, and their scores of kKeys keys.
 template <typename Real>
@@ -72,10 +96,10 @@ void add_visible_values(const T* values, int64_t stride, int64_t count, int64_t 
 }
 
 // One row's scores, -inf where hidden; `any_hidden` tells whether any is. Returns the factor that
-// takes them to log2 units, as compute_scores does.
+// takes them to log2 units, as compute_scores does. `derivative`: the softcap's, if wanted.
 template <typename Real>
 Real finish_scores(const Problem& p, const SharingRows& rows, int64_t r, int64_t key, int64_t count,
-                   Real* s, bool* any_hidden) {
+                   Real* s, bool* any_hidden, Real* derivative = nullptr) {
   constexpr int64_t kW = kLanes<Real>;
   const int64_t batch = rows.batch, head = rows.head(r), row = rows.row(r);
   const int64_t diagonal = row + p.diagonal - key;  // counted from `key`
@@ -84,7 +108,9 @@ Real finish_scores(const Problem& p, const SharingRows& rows, int64_t r, int64_t
     const Real slope = static_cast<Real>(absolute_scale(p) / p.softcap);
     const Real bound = static_cast<Real>(p.softcap * kLog2E);
     for (int64_t j = 0; j < count; j += kW) {
-      store<Real>(s + j, tanh<Real>(load(s + j) * slope) * bound);
+      const Vec<Real> t = tanh<Real>(load(s + j) * slope);
+      store<Real>(s + j, t * bound);
+      if (derivative) store<Real>(derivative + j, Real(1) - t * t);
     }
     factor = 1;
   }
@@ -154,26 +180,20 @@ void update_row(int64_t r, int64_t count, int64_t width, Real factor, Real* s,
   }
 }
 
+// Whether a bool key_mask says so.
+inline bool no_key_is_visible(const Problem& p, int64_t batch, int64_t key, int64_t keys) {
+  return p.key_mask && p.key_mask.dtype == DType::kBool &&
+         look_at_key_mask(p, batch, key, keys) == TileKind::kSkip;
+}
+
 // The softmax and output of all rows of a key head over the keys of `range`; `after` is read next.
 template <int kShared, typename T, typename Real>
 void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& range, bool first_part,
                  const T* after, const DecodeWorkspace<Real>& w, const DecodedPart<Real>& part) {
-  constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
   const int64_t batch = rows.batch, key_head = rows.key_head, count = rows.count;
-  const int64_t filled = (count + kShared - 1) / kShared * kShared;
-  const int64_t width = place_count<T, Real>(p.head_dim);
+  const int64_t filled = filled_rows<kShared>(rows);
   const int64_t value_width = place_count<T, Real>(p.value_dim);
-  std::fill(w.queries, w.queries + filled * width, Real(0));
-  for (int64_t r = 0; r < count; ++r) {
-    const T* query = at<const T>(p.query, batch, rows.head(r), rows.row(r));
-    for (int64_t d = 0; d < p.head_dim; d += kStep) {
-      Vec<Real> x[2];
-      load_columns(query + d, std::min(kStep, p.head_dim - d), &x[0], &x[1]);
-      for (int64_t i = 0; i < kStep / kW; ++i) {
-        store<Real>(w.queries + r * width + d + i * kW, x[i] * query_factor<Real>(p));
-      }
-    }
-  }
+  load_sharing_rows<T>(p.query, rows, p.head_dim, query_factor<Real>(p), filled, w.queries);
   alignas(kVectorBytes) Real visible[kDecodeRows * kKeys];
   // As in forward_part: a hidden weight of 0 that met NaN shows in the output.
   for (bool careful : {false, true}) {
@@ -187,10 +207,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
     }
     for (int64_t key = range.first; key < range.end; key += kKeys) {
       const int64_t keys = std::min(kKeys, range.end - key);
-      if (p.key_mask && p.key_mask.dtype == DType::kBool &&
-          look_at_key_mask(p, batch, key, keys) == TileKind::kSkip) {
-        continue;
-      }
+      if (no_key_is_visible(p, batch, key, keys)) continue;
       const T *k = at<const T>(p.key, batch, key_head, key),
               *v = at<const T>(p.value, batch, key_head, key);
       const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];
@@ -225,8 +242,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
 template <typename T, typename Real>
 void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRows& rows,
                    const std::vector<DecodedPart<Real>>& parts) {
-  constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
-  constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
+  constexpr int64_t kW = kLanes<Real>;
   const int64_t width = place_count<T, Real>(p.value_dim);
   for (int64_t r = 0; r < rows.count; ++r) {
     Real max = -kInfinity<Real>, sum = 0;
@@ -248,33 +264,29 @@ void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRo
     }
     const Real inverse = Real(1) / (sum == 0 ? Real(1) : sum);
     T* out = at<T>(to.out, rows.batch, rows.head(r), rows.row(r));
-    for (int64_t d = 0; d < p.value_dim; d += kStep) {
-      Vec<Real> x = load(merged + d) * inverse;
-      if constexpr (kStep > kW) {
-        const Vec<Real> odd = load(merged + d + kW) * inverse;
-        store_some(out + d + kW, interleave<Vec<Real>, kW, true>(x, odd, kLaneNumbers),
-                   p.value_dim - d - kW);
-        x = interleave<Vec<Real>, kW, false>(x, odd, kLaneNumbers);
-      }
-      store_some(out + d, x, p.value_dim - d);
-    }
+    store_row(merged, inverse, p.value_dim, out);
   }
+}
+
+// The keys that any row sees, by position.
+inline KeyRange decoded_keys(const Problem& p) {
+  RowBlock all{};
+  all.count = p.query_length;
+  return KeyRange(p, all);
+}
+
+// So that they even out what the machine does to them.
+constexpr int kItemsPerThread = 4;
+inline int64_t decoded_parts(const Problem& p, int threads) {
+  return key_parts(p, p.batch * p.key_heads, threads == 1 ? 1 : kItemsPerThread * threads);
 }
 
 template <typename T, typename Real>
 void decode(const Problem& p, const ForwardArguments& to, int threads) {
-  constexpr int kItemsPerThread = 4;  // so that they even out what the machine does to them
   const int64_t heads = p.batch * p.key_heads;
-  const int64_t parts = key_parts(p, heads, threads == 1 ? 1 : kItemsPerThread * threads);
+  const int64_t parts = decoded_parts(p, threads);
   const int64_t items = heads * parts;
-  const int64_t count = p.query_length * (p.query_heads / p.key_heads);
-  constexpr int kMost = kMostShared<Real>;
-  const auto run = count <= 1   ? decode_part<1, T, Real>
-                   : count <= 2 ? decode_part<2, T, Real>
-                                : decode_part<kMost, T, Real>;
-  RowBlock all{};
-  all.count = p.query_length;
-  const KeyRange range(p, all);
+  const KeyRange range = decoded_keys(p);
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const PerThread<DecodeWorkspace<Real>> workspaces(threads, p);
   const PerThread<DecodedPart<Real>> decoded(static_cast<int>(parts > 1 ? items : threads), p);
@@ -290,7 +302,9 @@ void decode(const Problem& p, const ForwardArguments& to, int threads) {
       const T* after = at<const T>(p.key, next_head / p.key_heads, next_head % p.key_heads,
                                    std::min(range_of(next).first, p.key_length - 1));
       const auto part = decoded.make(parts > 1 ? static_cast<int>(item) : thread, p);
-      run(p, rows, range_of(item), item % parts == 0, after, w, part);
+      with_shared<Real>(rows.count, [&](auto shared) {
+        decode_part<shared, T>(p, rows, range_of(item), item % parts == 0, after, w, part);
+      });
       if (parts == 1) write_decoded<T, Real>(p, to, rows, {part});
     }
     if (parts > 1) {

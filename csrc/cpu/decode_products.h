@@ -89,9 +89,38 @@ inline int64_t place_count(int64_t width) {
   return (width + kStep - 1) / kStep * kStep;
 }
 
+// Stores columns of a row that load_columns would load so, times `factor`.
+template <typename T, typename Real>
+inline void store_columns(Vec<Real> x, Vec<Real> odd, Real factor, int64_t count, T* to) {
+  constexpr int kW = kLanes<Real>;
+  constexpr auto kLaneNumbers = std::make_integer_sequence<int, kW>{};
+  x = x * factor;
+  if constexpr (kColumns<T, Real> > kW) {
+    odd = odd * factor;
+    store_some(to + kW, interleave<Vec<Real>, kW, true>(x, odd, kLaneNumbers), count - kW);
+    x = interleave<Vec<Real>, kW, false>(x, odd, kLaneNumbers);
+  }
+  store_some(to, x, count);
+}
+template <typename T, typename Real>
+inline void store_row(const Real* row, Real factor, int64_t width, T* to) {
+  constexpr int64_t kStep = kColumns<T, Real>;
+  for (int64_t d = 0; d < width; d += kStep) {
+    store_columns(load(row + d), load(row + d + kStep - kLanes<Real>), factor, width - d, to + d);
+  }
+}
+
 // Rows that share what is loaded of a key or value; others take another turn, while it is in L1.
 template <typename Real>
 constexpr int kMostShared = std::min<int>(4, kLanes<Real>);
+
+// Runs `call` with the number of rows, of so many, that share it.
+template <typename Real, typename Call>
+inline void with_shared(int64_t rows, Call call) {
+  if (rows <= 1) return call(std::integral_constant<int, 1>{});
+  if (rows <= 2) return call(std::integral_constant<int, 2>{});
+  call(std::integral_constant<int, kMostShared<Real>>{});
+}
 
 // sums[r * row_step + key] = q_r * k, lane by lane, for kCount keys.
 template <int kShared, int kCount, typename T, typename Real>

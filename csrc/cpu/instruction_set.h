@@ -34,55 +34,60 @@ namespace {
 //
 #include "weights.h"
 //
+#include "decode_weights.h"
+//
 #include "backward.h"
+//
+#include "decode_backward.h"
 
-// Runs `call` with values of the storage type, the compute type and the type of the elements that
-// are multiplied.
+#ifndef ATTN_EXT_BFLOAT16_PRODUCTS
+// Runs `call` with values of the storage type and of the compute type.
 template <typename Call>
 void with_types(DType dtype, Call call) {
-#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  (void)dtype;  // see left_to_avx512
-  call(BFloat16{}, float{}, BFloat16Pair{});
-#else
   switch (dtype) {
     case DType::kFloat32:
-      return call(float{}, float{}, float{});
+      return call(float{}, float{});
     case DType::kBFloat16:
-      return call(BFloat16{}, float{}, float{});
+      return call(BFloat16{}, float{});
     case DType::kFloat16:
-      return call(Float16{}, float{}, float{});
+      return call(Float16{}, float{});
     default:
-      return call(double{}, double{}, double{});
+      return call(double{}, double{});
   }
+}
 #endif
-}
 
-// Pairs of bfloat16 can't be multiplied with a scale's sign.
-[[maybe_unused]] inline bool left_to_avx512(const Problem& p) {
-  return p.dtype != DType::kBFloat16 || p.scale <= 0;
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+// Pairs of bfloat16 can't be multiplied with a scale's sign, and few rows are multiplied in float.
+inline bool left_to_avx512(const Problem& p) {
+  return p.dtype != DType::kBFloat16 || p.scale <= 0 || suits_decode(p);
 }
+#endif
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  if (left_to_avx512(p) || suits_decode(p, to)) return kAvx512Kernels.forward(p, to, threads);
+  if (left_to_avx512(p)) return kAvx512Kernels.forward(p, to, threads);
+  forward<BFloat16, float, BFloat16Pair>(p, to, threads);
 #else
-  if (suits_decode(p, to)) {
-    return with_types(p.dtype, [&](auto t, auto real, auto) {
-      decode<decltype(t), decltype(real)>(p, to, threads);
-    });
-  }
-#endif
-  with_types(p.dtype, [&](auto t, auto real, auto element) {
-    forward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+  with_types(p.dtype, [&](auto t, auto real) {
+    using T = decltype(t);
+    using Real = decltype(real);
+    suits_decode(p) ? decode<T, Real>(p, to, threads) : forward<T, Real, Real>(p, to, threads);
   });
+#endif
 }
 void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.weights(p, to, threads);
-#endif
-  with_types(p.dtype, [&](auto t, auto real, auto element) {
-    weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+  weights<BFloat16, float, BFloat16Pair>(p, to, threads);
+#else
+  with_types(p.dtype, [&](auto t, auto real) {
+    using T = decltype(t);
+    using Real = decltype(real);
+    suits_decode(p) ? decode_weights<T, Real>(p, to, threads)
+                    : weights<T, Real, Real>(p, to, threads);
   });
+#endif
 }
 void run_linear(const LinearArguments& arguments, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
@@ -94,10 +99,15 @@ void run_linear(const LinearArguments& arguments, int threads) {
 void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.backward(p, to, threads);
-#endif
-  with_types(p.dtype, [&](auto t, auto real, auto element) {
-    backward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+  backward<BFloat16, float, BFloat16Pair>(p, to, threads);
+#else
+  with_types(p.dtype, [&](auto t, auto real) {
+    using T = decltype(t);
+    using Real = decltype(real);
+    suits_decode(p) ? decode_backward<T, Real>(p, to, threads)
+                    : backward<T, Real, Real>(p, to, threads);
   });
+#endif
 }
 
 }  // namespace

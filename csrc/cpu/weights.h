@@ -19,26 +19,35 @@ struct WeightsWorkspace {
   }
 };
 
-// The block's LSE in log2 units, and kRows further what rounding took from a float32 one: the
-// weights' error would be that of the rounding. +inf for a row that sees nothing, or does not
-// exist, which makes its weights 0.
+// LSE in log2 units, and what rounding took from a float32 one: the weights' error would be that of
+// the rounding. +inf for a row that sees nothing, which makes its weights 0.
+template <typename Real>
+void split_lse(Real lse, Real* high, Real* rest) {
+  *high = lse == -kInfinity<Real> ? kInfinity<Real> : static_cast<Real>(lse * kLog2E);
+  const double low = std::fma(static_cast<double>(lse), kLog2E, -static_cast<double>(*high));
+  *rest = sizeof(Real) == 4 && std::isfinite(*high) ? static_cast<Real>(low) : Real(0);
+}
+
+// Of a block, and kRows further the rests; +inf for a row that does not exist, too.
 template <typename Real>
 void load_lse(const View& lse, const RowBlock& rows, Real* to) {
   for (int64_t i = 0; i < kRows<Real>; ++i) {
     const Real x = i < rows.count ? *at<const Real>(lse, rows.batch, rows.head, rows.first + i)
                                   : -kInfinity<Real>;
-    to[i] = x == -kInfinity<Real> ? kInfinity<Real> : static_cast<Real>(x * kLog2E);
-    const double rest = std::fma(static_cast<double>(x), kLog2E, -static_cast<double>(to[i]));
-    to[kRows<Real> + i] =
-        sizeof(Real) == 4 && std::isfinite(to[i]) ? static_cast<Real>(rest) : Real(0);
+    split_lse(x, to + i, to + kRows<Real> + i);
   }
 }
 
-// A weight, exactly 0 where hidden even if LSE is NaN; `lse` points into what load_lse made.
+// A weight, exactly 0 where hidden even if LSE is NaN.
+template <typename Real>
+inline Vec<Real> weight_of(Vec<Real> s, Real factor, Vec<Real> lse, Vec<Real> lse_rest) {
+  const Vec<Real> x = s * factor - lse - lse_rest;
+  return s == -kInfinity<Real> ? Vec<Real>{} : exp2_of_any<Real>(x);
+}
+// `lse` points into what load_lse made.
 template <typename Real>
 inline Vec<Real> weight_of(Vec<Real> s, Real factor, const Real* lse) {
-  const Vec<Real> x = s * factor - load(lse) - load(lse + kRows<Real>);
-  return s == -kInfinity<Real> ? Vec<Real>{} : exp2_of_any<Real>(x);
+  return weight_of<Real>(s, factor, load(lse), load(lse + kRows<Real>));
 }
 
 // total += the weights of one head's tile.
