@@ -36,6 +36,10 @@ MASKED: tuple[Sizes, ...] = ((2, 8, 1024, 64), (1, 8, 2048, 128))
 MODULE_OF_PROJECTIONS: Sizes = (32, 128, 256, 4)
 MODULE_OF_16_TOKENS: Sizes = (1, 16, 256, 4)
 TINY: Sizes = (1, 1, 4, 64)
+FEW_KEYS = 128
+"""Of a cache that is still short."""
+POOLING: Sizes = (16, 12, 196, 64)
+"""The keys' sizes: of ViT-Base's tokens."""
 
 HIDDEN_SHARE = 0.1
 """Of the keys, by the padding mask."""
@@ -188,41 +192,60 @@ def mask_rows() -> Iterator[Row]:
         yield Row("masks", f"forward {shape} float32, {label}", {"relative time": 1.1}, prepare)
 
 
-def decode_rows() -> Iterator[Row]:
+def decode_row(
+    heads: int, key_heads: int, keys: int, dtype: torch.dtype, targets: dict[str, float]
+) -> Row:
     """One query against a cache, read from memory."""
-    for (dtype, speedup), (heads, key_heads), keys in itertools.product(
-        ((torch.float32, 2.4), (torch.bfloat16, 7.0)), DECODE_HEADS, DECODE_KEYS
-    ):
-        amount = key_value_bytes(key_heads, keys, DECODE_HEAD_DIM, dtype)
+    amount = key_value_bytes(key_heads, keys, DECODE_HEAD_DIM, dtype)
 
-        def prepare(
-            dtype: torch.dtype = dtype,
-            heads: int = heads,
-            key_heads: int = key_heads,
-            keys: int = keys,
-            amount: int = amount,
-        ) -> Work:
-            query = torch.randn(1, heads, 1, DECODE_HEAD_DIM).to(dtype)
-            caches = [
-                [torch.randn(1, key_heads, keys, DECODE_HEAD_DIM, dtype=dtype) for _ in range(2)]
-                for _ in range(max(1, DECODE_BYTES // amount))
-            ]
+    def prepare() -> Work:
+        query = torch.randn(1, heads, 1, DECODE_HEAD_DIM).to(dtype)
+        caches = [
+            [torch.randn(1, key_heads, keys, DECODE_HEAD_DIM, dtype=dtype) for _ in range(2)]
+            for _ in range(max(1, DECODE_BYTES // amount))
+        ]
+
+        def step(attention: Attention) -> Callable[[], object]:
+            turns = itertools.cycle(caches)
+            return lambda: attention(query, *next(turns), enable_gqa=heads != key_heads)
+
+        return Work(
+            step(attn_ext.scaled_dot_product_attention),
+            step(F.scaled_dot_product_attention),
+            amount,
+        )
+
+    name = f"decode heads {heads}:{key_heads}, {keys} keys, D {DECODE_HEAD_DIM} {name_of(dtype)}"
+    return Row("decode", name, targets, prepare, "memory")
+
+
+def decode_rows() -> Iterator[Row]:
+    dtypes = ((torch.float32, 2.4, 1.5), (torch.bfloat16, 7.0, 7.0))
+    for (dtype, speedup, _), heads, keys in itertools.product(dtypes, DECODE_HEADS, DECODE_KEYS):
+        yield decode_row(*heads, keys, dtype, {"percent of peak": 95.0, "speedup": speedup})
+    for (dtype, _, speedup), heads in itertools.product(dtypes, DECODE_HEADS):
+        yield decode_row(*heads, FEW_KEYS, dtype, {"speedup": speedup})
+
+
+def pooling_rows() -> Iterator[Row]:
+    """One query of a head, in training: of a model that pools its tokens by attention."""
+    batch, heads, keys, head_dim = POOLING
+    for dtype, speedup in ((torch.float32, 1.5), (torch.bfloat16, 2.8)):
+
+        def prepare(dtype: torch.dtype = dtype) -> Work:
+            query, dout = torch.randn(2, batch, heads, 1, head_dim).to(dtype)
+            key, value = torch.randn(2, batch, heads, keys, head_dim).to(dtype)
+            x = [tensor.requires_grad_() for tensor in (query, key, value)]
 
             def step(attention: Attention) -> Callable[[], object]:
-                turns = itertools.cycle(caches)
-                return lambda: attention(query, *next(turns), enable_gqa=heads != key_heads)
+                return lambda: torch.autograd.grad(attention(*x), x, dout)
 
             return Work(
-                step(attn_ext.scaled_dot_product_attention),
-                step(F.scaled_dot_product_attention),
-                amount,
+                step(attn_ext.scaled_dot_product_attention), step(F.scaled_dot_product_attention)
             )
 
-        name = (
-            f"decode heads {heads}:{key_heads}, {keys} keys, D {DECODE_HEAD_DIM} {name_of(dtype)}"
-        )
-        targets = {"percent of peak": 95.0, "speedup": speedup}
-        yield Row("decode", name, targets, prepare, "memory")
+        name = f"forward and backward ({batch}, {heads}, 1:{keys}, {head_dim}) {name_of(dtype)}"
+        yield Row("pooling", name, {"speedup": speedup}, prepare)
 
 
 def module_row(
@@ -340,6 +363,7 @@ def all_rows() -> list[Row]:
         *forward_and_backward_rows(),
         *mask_rows(),
         *decode_rows(),
+        *pooling_rows(),
         *module_rows(),
         *inference_rows(),
         *overhead_rows(),
