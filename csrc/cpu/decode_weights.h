@@ -48,7 +48,7 @@ void decode_weights_part(const Problem& p, const WeightsArguments& to, int64_t f
       for (int64_t r = 0; r < rows.count; ++r) {
         Real *s = w.scores + r * kKeys, *total = w.total + (to.average ? rows.row(r) : r) * kKeys;
         const int64_t index = h * kDecodeRows + r;
-        bool any_hidden;
+        bool any_hidden = false;
         const Real factor = finish_scores(p, rows, r, key, keys, s, &any_hidden);
         for (int64_t j = 0; j < keys; j += kW) {
           const Vec<Real> weight = weight_of<Real>(load(s + j), factor, broadcast(w.lse[index]),

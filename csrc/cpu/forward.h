@@ -240,12 +240,26 @@ inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted) {
   return std::min(most, (wanted + items - 1) / items);
 }
 
+// How many heads take turns block by block, so that their part of a mask that they share comes from
+// memory once for all of them.
+inline int64_t heads_in_turns(const Problem& p) {
+  constexpr int64_t kHeads = 4, kCachedBytes = int64_t{8} << 20;
+  if (!p.mask || p.mask.stride[1] != 0 || p.query_heads % kHeads != 0) return 1;
+  const int64_t rows = p.mask.stride[2] == 0 ? 1 : p.query_length;
+  const int64_t bytes = rows * p.key_length * (p.mask.dtype == DType::kBool ? 1 : 4);
+  return bytes > kCachedBytes ? kHeads : 1;
+}
+
 template <typename T, typename Real, typename Element>
 void forward(const Problem& p, const ForwardArguments& to, int threads) {
   const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t items = p.batch * p.query_heads * blocks, parts = key_parts(p, items, threads);
-  const auto rows_of = [&](int64_t item) {  // a head's last blocks first: causality makes them long
-    const int64_t head = item / blocks, block = blocks - 1 - item % blocks;
+  // A head's last blocks first: causality makes them long.
+  const int64_t heads_at_once = heads_in_turns(p);
+  const auto rows_of = [&](int64_t item) {
+    const int64_t turns = blocks * heads_at_once, turn = item % turns;
+    const int64_t head = item / turns * heads_at_once + turn % heads_at_once;
+    const int64_t block = blocks - 1 - turn / heads_at_once;
     return RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block);
   };
   threads = static_cast<int>(std::clamp<int64_t>(items * parts, 1, threads));

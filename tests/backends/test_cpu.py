@@ -292,15 +292,51 @@ def test_decoding_against_uninitialised_slots(dtype: torch.dtype) -> None:
     )
 
 
-def test_lse_alone_does_not_keep_decoding_from_its_kernel() -> None:
+def test_one_kernel_decodes_whatever_else_is_asked() -> None:
+    """LSE, a gradient or a traced graph do not lead to another one, whose last bits would differ."""
     query = torch.randn(2, 4, 1, 64)
     key, value = (torch.randn(2, 2, 900, 64) for _ in range(2))
     decoded = attn_ext.attention(query, key, value)
-    out, _ = attn_ext.attention(query, key, value, return_lse=True)
-    torch.testing.assert_close(out, decoded, rtol=0, atol=0)
-    # A backward pass wants the general kernel's order of summation, which shows in the last bits.
-    out, _ = attn_ext.attention(query.requires_grad_(), key, value, return_lse=True)
-    assert not torch.equal(out, decoded)
+    traced = torch.compile(attn_ext.attention, backend="aot_eager")(query, key, value)
+    with_lse, _ = attn_ext.attention(query, key, value, return_lse=True)
+    recorded = attn_ext.attention(query.requires_grad_(), key, value)
+    for out in (traced, with_lse, recorded):
+        torch.testing.assert_close(out, decoded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_few_rows_from_parts_of_the_keys(dtype: torch.dtype, average: bool) -> None:
+    """Of the output, of LSE and of the weights, some with a mask that heads share; and the weights themselves."""
+    query = torch.randn(2, 4, 2, 40, dtype=dtype)
+    key, value = (torch.randn(2, 2, 3000, 40, dtype=dtype) for _ in range(2))
+    mask = torch.randn(1, 1, 2, 3000, dtype=dtype)
+    leaves = [x.requires_grad_() for x in (query, key, value, mask)]
+    dout, dweights = torch.randn(2, 4, 2, 40), torch.randn(2, 1 if average else 4, 2, 3000)
+
+    def results(attn_mask: torch.Tensor | None) -> list[torch.Tensor]:
+        options = {"attn_mask": attn_mask, "window": (2500, None), "causal": "lower_right"}
+        out, lse = attn_ext.attention(query, key, value, return_lse=True, **options)
+        weights = attn_ext.attention_weights(query, key, average=average, **options)
+        weights = weights.unsqueeze(1) if average else weights
+        loss = (out * dout).sum() + lse.square().sum() + (weights * dweights).sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [out, lse, weights, *(x for x in grads if x is not None)]
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(results(None) + results(mask))
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    for one, split in zip(*found, strict=True):
+        torch.testing.assert_close(split, one, rtol=tolerance, atol=tolerance / 10)
+    with attn_ext.use_backend("reference"):
+        expected = results(None) + results(mask)
+    for one, exact in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(one, exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("capability", PRESENT)

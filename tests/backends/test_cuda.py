@@ -360,7 +360,7 @@ def test_without_a_device_it_imports_and_says_so() -> None:
     tensors = [torch.zeros(1, 2, 3, 8) for _ in range(2)]
     asked = Problem.build(tensors[0], tensors[0], tensors[0])
     with pytest.raises(RuntimeError, match=why.replace("(", r"\(")):
-        module.forward(0, 0, False, asked, None, tensors[1], None, True)
+        module.forward(0, 0, False, asked, None, tensors[1], None)
     assert f"none ({why})" in cli.info()
 
 
