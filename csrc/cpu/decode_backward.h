@@ -200,7 +200,8 @@ void write_decoded_gradients(const Problem& p, const BackwardArguments& to, cons
 
 template <typename T, typename Real>
 void decode_backward(const Problem& p, const BackwardArguments& to, int threads) {
-  if (mask_is_shared(p, to)) threads = 1;
+  // Of different heads, or of different keys: parts must not add to one entry at the same time.
+  if (mask_is_shared(p, to) || (to.dmask && to.dmask.stride[3] == 0)) threads = 1;
   const int64_t heads = p.batch * p.key_heads, parts = decoded_parts(p, threads);
   const int64_t items = heads * parts;
   const KeyRange all(0, p.key_length);

@@ -307,11 +307,11 @@ def test_one_kernel_decodes_whatever_else_is_asked() -> None:
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_few_rows_from_parts_of_the_keys(dtype: torch.dtype, average: bool) -> None:
-    """Of the output, of LSE and of the weights, some with a mask that heads share; and the weights themselves."""
+    """Of the output, of LSE and of the weights, also with masks that heads or keys share; and the weights."""
     query = torch.randn(2, 4, 2, 40, dtype=dtype)
     key, value = (torch.randn(2, 2, 3000, 40, dtype=dtype) for _ in range(2))
-    mask = torch.randn(1, 1, 2, 3000, dtype=dtype)
-    leaves = [x.requires_grad_() for x in (query, key, value, mask)]
+    masks = [torch.randn(1, 1, 2, 3000, dtype=dtype), torch.randn(2, 4, 2, 1, dtype=dtype)]
+    leaves = [x.requires_grad_() for x in (query, key, value, *masks)]
     dout, dweights = torch.randn(2, 4, 2, 40), torch.randn(2, 1 if average else 4, 2, 3000)
 
     def results(attn_mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -323,18 +323,21 @@ def test_gradients_of_few_rows_from_parts_of_the_keys(dtype: torch.dtype, averag
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         return [out, lse, weights, *(x for x in grads if x is not None)]
 
+    def all_results() -> list[torch.Tensor]:
+        return [tensor for mask in (None, *masks) for tensor in results(mask)]
+
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(results(None) + results(mask))
+            found.append(all_results())
     finally:
         torch.set_num_threads(before)
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
     for one, split in zip(*found, strict=True):
         torch.testing.assert_close(split, one, rtol=tolerance, atol=tolerance / 10)
     with attn_ext.use_backend("reference"):
-        expected = results(None) + results(mask)
+        expected = all_results()
     for one, exact in zip(found[0], expected, strict=True):
         torch.testing.assert_close(one, exact, rtol=tolerance, atol=tolerance)
 
