@@ -187,12 +187,14 @@ def attention_weights(
         k_start=k_start,
     )
     problem = _without_float_padding(problem)
-    if lse is None:
-        _, lse = ops.attention(problem.replace(dropout_p=0.0), backend)
-    else:
-        _check_lse(lse, problem)
     if problem.dropout_p > 0:
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
+    if lse is None:
+        _, lse = ops.attention(
+            problem, backend
+        )  # with dropout, on which the choice of a kernel depends
+    else:
+        _check_lse(lse, problem)
     return ops.attention_weights(problem.replace(sinks=None), lse, average, backend)
 
 

@@ -1,6 +1,6 @@
-// Forward pass for a few query rows a key head, as in decoding: bound by the memory that keys and
-// values come from, so each is read once, in order, for all the rows that share it (the grouped
-// heads' too).
+// Forward pass for a few query rows a key head, as in decoding: it takes as long as keys and values
+// take to come from memory or a cache, so each is read once, in order, for all the rows that share it
+// (the grouped heads' too).
 //
 // The lanes are head dimensions here, since lanes of query rows would be empty. One work item is a
 // part of the keys of one (batch, key head); the parts are merged in order (Dao et al.,
@@ -16,7 +16,7 @@ constexpr int kLinesARow = 8;  // that memory delivers during a row's softmax, w
 inline bool suits_decode(const Problem& p) {
   const int64_t lanes = p.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;
   const int64_t least_keys = 2 * p.query_length > lanes ? 512 : p.query_length > 4 ? 64 : 0;
-  return p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= least_keys &&
+  return p.query_heads > 0 && p.key_heads > 0 && p.dropout_p == 0 && p.key_length >= least_keys &&
          p.query_length * (p.query_heads / p.key_heads) <= kDecodeRows;
 }
 
@@ -180,10 +180,30 @@ void update_row(int64_t r, int64_t count, int64_t width, Real factor, Real* s,
   }
 }
 
-// Whether a bool key_mask says so.
-inline bool no_key_is_visible(const Problem& p, int64_t batch, int64_t key, int64_t keys) {
-  return p.key_mask && p.key_mask.dtype == DType::kBool &&
-         look_at_key_mask(p, batch, key, keys) == TileKind::kSkip;
+// The keys that any row sees, by position.
+inline KeyRange decoded_keys(const Problem& p) {
+  RowBlock all{};
+  all.count = p.query_length;
+  return KeyRange(p, all);
+}
+
+// Whether no row sees any key of a tile, by position or by what bool masks say.
+inline bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
+  const KeyRange seen = decoded_keys(p);
+  if (key + keys <= seen.first || key >= seen.end) return true;
+  if (p.key_mask && p.key_mask.dtype == DType::kBool &&
+      look_at_key_mask(p, rows.batch, key, keys) == TileKind::kSkip) {
+    return true;
+  }
+  if (!p.mask || p.mask.dtype != DType::kBool) return false;
+  RowBlock of_head{};
+  of_head.batch = rows.batch, of_head.count = rows.rows_a_head;
+  const int64_t heads = p.mask.stride[1] == 0 ? 1 : p.query_heads / p.key_heads;
+  for (int64_t h = 0; h < heads; ++h) {
+    of_head.head = rows.first_head + h;
+    if (look_at_mask(p, of_head, key, keys) != TileKind::kSkip) return false;
+  }
+  return true;
 }
 
 // The softmax and output of all rows of a key head over the keys of `range`; `after` is read next.
@@ -207,7 +227,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
     }
     for (int64_t key = range.first; key < range.end; key += kKeys) {
       const int64_t keys = std::min(kKeys, range.end - key);
-      if (no_key_is_visible(p, batch, key, keys)) continue;
+      if (tile_is_hidden(p, rows, key, keys)) continue;
       const T *k = at<const T>(p.key, batch, key_head, key),
               *v = at<const T>(p.value, batch, key_head, key);
       const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];
@@ -260,7 +280,7 @@ void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRo
     }
     if (to.lse) {
       *at<Real>(to.lse, rows.batch, rows.head(r), rows.row(r)) =
-          std::isinf(max) ? max : static_cast<Real>(kLn2 * max + std::log(sum));
+          max == kInfinity<Real> ? max : static_cast<Real>(kLn2 * max + std::log(sum));
     }
     const Real inverse = Real(1) / (sum == 0 ? Real(1) : sum);
     T* out = at<T>(to.out, rows.batch, rows.head(r), rows.row(r));
@@ -268,54 +288,61 @@ void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRo
   }
 }
 
-// The keys that any row sees, by position.
-inline KeyRange decoded_keys(const Problem& p) {
-  RowBlock all{};
-  all.count = p.query_length;
-  return KeyRange(p, all);
-}
-
-// So that they even out what the machine does to them.
-constexpr int kItemsPerThread = 4;
-inline int64_t decoded_parts(const Problem& p, int threads) {
-  return key_parts(p, p.batch * p.key_heads, threads == 1 ? 1 : kItemsPerThread * threads);
-}
-
-template <typename T, typename Real>
-void decode(const Problem& p, const ForwardArguments& to, int threads) {
-  const int64_t heads = p.batch * p.key_heads;
-  const int64_t parts = decoded_parts(p, threads);
-  const int64_t items = heads * parts;
-  const KeyRange range = decoded_keys(p);
+// Splits the keys of each (batch, key head) into `parts`: run(rows, part, after, workspace, result)
+// does one of them, `after` being the number of the one after it among all, and write(rows,
+// results) merges those of one key head.
+template <typename Workspace, typename Result, typename Run, typename Write>
+void decode_in_parts(const Problem& p, int64_t parts, int threads, Run run, Write write) {
+  const int64_t heads = p.batch * p.key_heads, items = heads * parts;
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-  const PerThread<DecodeWorkspace<Real>> workspaces(threads, p);
-  const PerThread<DecodedPart<Real>> decoded(static_cast<int>(parts > 1 ? items : threads), p);
+  const PerThread<Workspace> workspaces(threads, p);
+  const PerThread<Result> results(static_cast<int>(parts > 1 ? items : threads), p);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    const DecodeWorkspace<Real> w = workspaces.make(thread, p);
+    const Workspace w = workspaces.make(thread, p);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
-      const auto range_of = [&](int64_t i) { return range.part(i % parts, parts); };
-      const int64_t next = std::min(item + 1, items - 1), next_head = next / parts;
       const SharingRows rows(p, item / parts);
-      const T* after = at<const T>(p.key, next_head / p.key_heads, next_head % p.key_heads,
-                                   std::min(range_of(next).first, p.key_length - 1));
-      const auto part = decoded.make(parts > 1 ? static_cast<int>(item) : thread, p);
-      with_shared<Real>(rows.count, [&](auto shared) {
-        decode_part<shared, T>(p, rows, range_of(item), item % parts == 0, after, w, part);
-      });
-      if (parts == 1) write_decoded<T, Real>(p, to, rows, {part});
+      const Result result = results.make(parts > 1 ? static_cast<int>(item) : thread, p);
+      run(rows, item % parts, std::min(item + 1, items - 1), w, result);
+      if (parts == 1) write(rows, std::vector<Result>{result});
     }
     if (parts > 1) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < heads; ++head) {
-        std::vector<DecodedPart<Real>> own;
+        std::vector<Result> own;
         for (int64_t part = 0; part < parts; ++part) {
-          own.push_back(decoded.make(static_cast<int>(head * parts + part), p));
+          own.push_back(results.make(static_cast<int>(head * parts + part), p));
         }
-        write_decoded<T>(p, to, SharingRows(p, head), own);
+        write(SharingRows(p, head), own);
       }
     }
   }
+}
+
+// Several parts a thread even out what the machine does to them.
+inline int64_t decoded_parts(const Problem& p, int threads) {
+  constexpr int kPartsPerThread = 4;
+  return key_parts(p, p.batch * p.key_heads, threads == 1 ? 1 : kPartsPerThread * threads);
+}
+
+template <typename T, typename Real>
+void decode(const Problem& p, const ForwardArguments& to, int threads) {
+  const int64_t parts = decoded_parts(p, threads);
+  const KeyRange seen = decoded_keys(p);
+  decode_in_parts<DecodeWorkspace<Real>, DecodedPart<Real>>(
+      p, parts, threads,
+      [&](const SharingRows& rows, int64_t part, int64_t next, const auto& w, const auto& result) {
+        const int64_t next_head = next / parts;
+        const T* after =
+            at<const T>(p.key, next_head / p.key_heads, next_head % p.key_heads,
+                        std::min(seen.part(next % parts, parts).first, p.key_length - 1));
+        with_shared<Real>(rows.count, [&](auto shared) {
+          decode_part<shared, T>(p, rows, seen.part(part, parts), part == 0, after, w, result);
+        });
+      },
+      [&](const SharingRows& rows, const auto& results) {
+        write_decoded<T, Real>(p, to, rows, results);
+      });
 }

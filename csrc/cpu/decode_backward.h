@@ -1,9 +1,9 @@
 // Backward pass for the few query rows a key head of decode.h: keys and values are read once, and
 // their gradients written once, since all the rows that see them are at hand.
 //
-//     P  = exp2(S - lse)              dP = V dO^T, or dW
+//     P  = exp(S - lse)               dP = dO V^T, or dW
 //     dS = P (dP - delta)             delta = sum(dO * O) - dlse, a value a row; 0 for dW
-//     dV = P dO                       dK = scale dS Q                 dQ += scale dS^T K
+//     dV = P^T dO                     dK = scale dS^T Q               dQ += scale dS K
 // The lanes are head dimensions, as in decode.h, and one work item is again a part of the keys of
 // one (batch, key head); only dQ is a sum over parts, made in their order. Tested against
 // backends/reference.py in tests/test_contract.py.
@@ -23,7 +23,7 @@ struct DecodedGradientsWorkspace {
   }
 };
 
-// What one part of the keys adds to: dQ without its scale, and with dW the row sums of dS.
+// What one part of the keys adds to: dQ without its scale, and minus the row sums of dS.
 template <typename Real>
 struct DecodedGradients {
   Real *dqueries, *row_sum;
@@ -70,16 +70,54 @@ void add_to_mask_gradient(const View& dmask, const SharingRows& rows, int64_t r,
   add(at<float>(dmask, batch, head, row, key));
 }
 
+template <typename Real>
+struct DecodedRowTerms {
+  Real lse[kDecodeRows], lse_rest[kDecodeRows], delta[kDecodeRows] = {};
+};
+
+// A row's scores become weights, and its dP, which dW is loaded as, becomes dS.
+template <typename T, typename Real>
+void decoded_score_gradients(const Problem& p, const BackwardArguments& to, const SharingRows& rows,
+                             int64_t r, int64_t key, int64_t keys, Real factor,
+                             const DecodedRowTerms<Real>& terms,
+                             const DecodedGradientsWorkspace<Real>& w, Real* row_sum) {
+  constexpr int64_t kW = kLanes<Real>;
+  Real *weights = w.weights + r * kKeys, *gradients = w.gradients + r * kKeys;
+  if (to.dweights) {
+    const T* dweights = at<const T>(to.dweights, rows.batch, rows.head(r), rows.row(r), key);
+    for (int64_t j = 0; j < keys; ++j) {
+      gradients[j] =
+          static_cast<Real>(to.dweights_scale) * to_float(dweights[j * to.dweights.stride[3]]);
+    }
+  }
+  const Vec<Real> lse = broadcast(terms.lse[r]), lse_rest = broadcast(terms.lse_rest[r]), none{};
+  Vec<Real> total{};
+  for (int64_t j = 0; j < keys; j += kW) {
+    const Vec<Real> s = load(weights + j);
+    const Vec<Real> weight = weight_of<Real>(s, factor, lse, lse_rest);
+    const Vec<Real> product = weight * (load(gradients + j) - terms.delta[r]);
+    const Vec<Real> gradient = s == -kInfinity<Real> ? none : product;
+    store<Real>(weights + j, weight);
+    store<Real>(gradients + j, gradient);
+    total += gradient;
+  }
+  *row_sum -= across_lanes<Real>(total, [&](Vec<Real> a, Vec<Real> b) { return a + b; })[0];
+  if (to.dmask) add_to_mask_gradient(to.dmask, rows, r, key, keys, gradients);
+  if (p.softcap == 0) return;
+  const Real* derivative = w.derivative + r * kKeys;
+  for (int64_t j = 0; j < keys; j += kW) {
+    store<Real>(gradients + j, load(gradients + j) * load(derivative + j));
+  }
+}
+
 template <int kShared, typename T, typename Real>
 void decode_backward_part(const Problem& p, const BackwardArguments& to, const SharingRows& rows,
                           const KeyRange& range, bool first_part,
                           const DecodedGradientsWorkspace<Real>& w,
                           const DecodedGradients<Real>& part) {
-  constexpr int64_t kW = kLanes<Real>;
   const int64_t batch = rows.batch, key_head = rows.key_head, count = rows.count;
   const int64_t filled = filled_rows<kShared>(rows), width = place_count<T, Real>(p.head_dim);
-  const KeyRange seen = decoded_keys(p);
-  Real lse[kDecodeRows], lse_rest[kDecodeRows], delta[kDecodeRows] = {};
+  DecodedRowTerms<Real> terms;
   load_sharing_rows<T>(p.query, rows, p.head_dim, query_factor<Real>(p), filled, w.queries);
   bool finite = all_finite<Real>(w.queries, width, count, width);
   if (!to.dweights) {
@@ -89,11 +127,10 @@ void decode_backward_part(const Problem& p, const BackwardArguments& to, const S
   }
   for (int64_t r = 0; r < count; ++r) {
     const int64_t head = rows.head(r), row = rows.row(r);
-    split_lse(*at<const Real>(to.lse, batch, head, row), lse + r, lse_rest + r);
-    finite = finite && !std::isnan(lse[r]);
+    split_lse(*at<const Real>(to.lse, batch, head, row), terms.lse + r, terms.lse_rest + r);
     if (to.dweights) continue;
-    delta[r] = row_term<T, Real>(p, to, batch, head, row);
-    if (to.row_term && first_part) *at<Real>(to.row_term, batch, head, row) = delta[r];
+    terms.delta[r] = row_term<T, Real>(p, to, batch, head, row);
+    if (to.row_term && first_part) *at<Real>(to.row_term, batch, head, row) = terms.delta[r];
   }
   std::fill(part.dqueries, part.dqueries + filled * width, Real(0));
   std::fill(part.row_sum, part.row_sum + kDecodeRows, Real(0));
@@ -101,16 +138,16 @@ void decode_backward_part(const Problem& p, const BackwardArguments& to, const S
   alignas(kVectorBytes) Real visible[kDecodeRows * kKeys];
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = range.tile(key);
-    T *dkey = at<T>(to.dkey, batch, key_head, key), *dvalue = nullptr;
-    if (!to.dweights) dvalue = at<T>(to.dvalue, batch, key_head, key);
-    const int64_t dkey_stride = to.dkey.stride[2], dvalue_stride = to.dvalue.stride[2];
-    if (key + keys <= seen.first || key >= seen.end || no_key_is_visible(p, batch, key, keys)) {
-      write_sums_of_rows<T, Real>(keys, 0, p.head_dim, nullptr, nullptr, nullptr, Real(1), dkey,
-                                  dkey_stride);
-      if (dvalue) {
-        write_sums_of_rows<T, Real>(keys, 0, p.value_dim, nullptr, nullptr, nullptr, Real(1),
-                                    dvalue, dvalue_stride);
-      }
+    const auto write_key_gradients = [&](int64_t of_rows, const Real* only) {
+      write_sums_of_rows(keys, of_rows, p.head_dim, w.gradients, w.queries, only,
+                         static_cast<Real>(std::abs(p.scale)), at<T>(to.dkey, batch, key_head, key),
+                         to.dkey.stride[2]);
+      if (to.dweights) return;
+      write_sums_of_rows(keys, of_rows, p.value_dim, w.weights, w.douts, only, Real(1),
+                         at<T>(to.dvalue, batch, key_head, key), to.dvalue.stride[2]);
+    };
+    if (tile_is_hidden(p, rows, key, keys)) {
+      write_key_gradients(0, nullptr);
       continue;
     }
     const T *k = at<const T>(p.key, batch, key_head, key),
@@ -130,50 +167,17 @@ void decode_backward_part(const Problem& p, const BackwardArguments& to, const S
     const bool careful = any_hidden && !(finite && all_finite<Real>(k, k_stride, keys, p.head_dim));
     if (careful) std::copy(w.weights, w.weights + count * kKeys, visible);
     for (int64_t r = 0; r < count; ++r) {
-      Real *weights = w.weights + r * kKeys, *gradients = w.gradients + r * kKeys;
-      if (to.dweights) {
-        const T* dweights = at<const T>(to.dweights, batch, rows.head(r), rows.row(r), key);
-        for (int64_t j = 0; j < keys; ++j) {
-          gradients[j] =
-              static_cast<Real>(to.dweights_scale) * to_float(dweights[j * to.dweights.stride[3]]);
-        }
-      }
-      Vec<Real> total{};
-      for (int64_t j = 0; j < keys; j += kW) {
-        const Vec<Real> s = load(weights + j), none{};
-        const Vec<Real> weight =
-            weight_of<Real>(s, factor, broadcast(lse[r]), broadcast(lse_rest[r]));
-        const Vec<Real> product = weight * (load(gradients + j) - delta[r]);
-        const Vec<Real> gradient = s == -kInfinity<Real> ? none : product;
-        store<Real>(weights + j, weight);
-        store<Real>(gradients + j, gradient);
-        total += gradient;
-      }
-      part.row_sum[r] -=
-          across_lanes<Real>(total, [&](Vec<Real> a, Vec<Real> b) { return a + b; })[0];
-      if (to.dmask) add_to_mask_gradient(to.dmask, rows, r, key, keys, gradients);
-      if (p.softcap == 0) continue;
-      const Real* derivative = w.derivative + r * kKeys;
-      for (int64_t j = 0; j < keys; j += kW) {
-        store<Real>(gradients + j, load(gradients + j) * load(derivative + j));
-      }
+      decoded_score_gradients<T>(p, to, rows, r, key, keys, factor, terms, w, part.row_sum + r);
     }
-    const Real* only = careful ? visible : nullptr;
-    if (careful) {
-      for (int64_t r = 0; r < count; ++r) {
-        add_visible_values(k, k_stride, keys, p.head_dim, visible + r * kKeys,
-                           w.gradients + r * kKeys, part.dqueries + r * width);
-      }
-    } else {
+    if (!careful) {
       add_values<kShared>(key_rows, static_cast<ReadAhead<T>*>(nullptr), count, w.gradients,
                           part.dqueries);
     }
-    write_sums_of_rows(keys, count, p.head_dim, w.gradients, w.queries, only,
-                       static_cast<Real>(std::abs(p.scale)), dkey, dkey_stride);
-    if (dvalue) {
-      write_sums_of_rows(keys, count, p.value_dim, w.weights, w.douts, only, Real(1), dvalue,
-                         dvalue_stride);
+    for (int64_t r = 0; careful && r < count; ++r) {
+      add_visible_values(k, k_stride, keys, p.head_dim, visible + r * kKeys,
+                         w.gradients + r * kKeys, part.dqueries + r * width);
     }
+    write_key_gradients(count, careful ? visible : nullptr);
   }
 }
 
@@ -200,37 +204,18 @@ void write_decoded_gradients(const Problem& p, const BackwardArguments& to, cons
 
 template <typename T, typename Real>
 void decode_backward(const Problem& p, const BackwardArguments& to, int threads) {
-  // Of different heads, or of different keys: parts must not add to one entry at the same time.
-  if (mask_is_shared(p, to) || (to.dmask && to.dmask.stride[3] == 0)) threads = 1;
-  const int64_t heads = p.batch * p.key_heads, parts = decoded_parts(p, threads);
-  const int64_t items = heads * parts;
+  if (mask_is_shared(p, to)) threads = 1;
+  // Of a mask that keys share, parts would add to one entry at the same time.
+  const int64_t parts = to.dmask && to.dmask.stride[3] == 0 ? 1 : decoded_parts(p, threads);
   const KeyRange all(0, p.key_length);
-  threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-  const PerThread<DecodedGradientsWorkspace<Real>> workspaces(threads, p);
-  const PerThread<DecodedGradients<Real>> decoded(static_cast<int>(parts > 1 ? items : threads), p);
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
-    const auto w = workspaces.make(thread, p);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) {
-      const SharingRows rows(p, item / parts);
-      const auto part = decoded.make(parts > 1 ? static_cast<int>(item) : thread, p);
-      with_shared<Real>(rows.count, [&](auto shared) {
-        decode_backward_part<shared, T>(p, to, rows, all.part(item % parts, parts),
-                                        item % parts == 0, w, part);
+  decode_in_parts<DecodedGradientsWorkspace<Real>, DecodedGradients<Real>>(
+      p, parts, threads,
+      [&](const SharingRows& rows, int64_t part, int64_t, const auto& w, const auto& result) {
+        with_shared<Real>(rows.count, [&](auto shared) {
+          decode_backward_part<shared, T>(p, to, rows, all.part(part, parts), part == 0, w, result);
+        });
+      },
+      [&](const SharingRows& rows, const auto& results) {
+        write_decoded_gradients<T, Real>(p, to, rows, results);
       });
-      if (parts == 1) write_decoded_gradients<T, Real>(p, to, rows, {part});
-    }
-    if (parts > 1) {
-#pragma omp for schedule(static)
-      for (int64_t head = 0; head < heads; ++head) {
-        std::vector<DecodedGradients<Real>> own;
-        for (int64_t part = 0; part < parts; ++part) {
-          own.push_back(decoded.make(static_cast<int>(head * parts + part), p));
-        }
-        write_decoded_gradients<T>(p, to, SharingRows(p, head), own);
-      }
-    }
-  }
 }

@@ -205,7 +205,7 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
     inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
     if (!to.lse) continue;
     *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) =
-        std::isinf(max) ? max : static_cast<Real>(kLn2 * max + std::log(sum));
+        max == kInfinity<Real> ? max : static_cast<Real>(kLn2 * max + std::log(sum));
   }
   T* out = at<T>(to.out, rows.batch, rows.head, rows.first);
   const int64_t stride = to.out.stride[2];
@@ -240,13 +240,19 @@ inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted) {
   return std::min(most, (wanted + items - 1) / items);
 }
 
+inline int64_t bytes_of(DType dtype) {
+  constexpr int64_t kBytes[] = {4, 2, 2, 8, 1};  // in the order of DType
+  return kBytes[static_cast<int>(dtype)];
+}
+
 // How many heads take turns block by block, so that their part of a mask that they share comes from
 // memory once for all of them.
 inline int64_t heads_in_turns(const Problem& p) {
   constexpr int64_t kHeads = 4, kCachedBytes = int64_t{8} << 20;
-  if (!p.mask || p.mask.stride[1] != 0 || p.query_heads % kHeads != 0) return 1;
+  if (!p.mask || p.mask.stride[1] != 0 || p.mask.stride[3] == 0) return 1;
+  if (p.query_heads % kHeads != 0) return 1;
   const int64_t rows = p.mask.stride[2] == 0 ? 1 : p.query_length;
-  const int64_t bytes = rows * p.key_length * (p.mask.dtype == DType::kBool ? 1 : 4);
+  const int64_t bytes = rows * p.key_length * bytes_of(p.mask.dtype);
   return bytes > kCachedBytes ? kHeads : 1;
 }
 

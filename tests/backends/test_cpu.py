@@ -209,11 +209,16 @@ def guarded(values: torch.Tensor) -> tuple[torch.Tensor, object]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 17, 40, 64])
+@pytest.mark.parametrize("length", [1, 3, 13])
 @pytest.mark.parametrize(
     "capability", [name for name, there in cpu.capabilities().items() if there]
 )
 def test_nothing_is_read_past_the_end(
-    capability: str, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capability: str,
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A read beyond any input would end the process."""
     monkeypatch.setattr(cpu, "capability", capability)
@@ -224,11 +229,11 @@ def test_nothing_is_read_past_the_end(
         kept.append(memory)
         return tensor
 
-    query, key, value = make(1, 2, 13, head_dim), make(1, 2, 70, head_dim), make(1, 2, 70, 3)
-    mask, padding = make(13, 70), make(1, 70)
+    query, key, value = make(1, 2, length, head_dim), make(1, 2, 70, head_dim), make(1, 2, 70, 3)
+    mask, padding = make(length, 70), make(1, 70)
     out, lse = attn_ext.attention(query, key, value, attn_mask=mask, key_padding_mask=padding, return_lse=True)  # fmt: skip
     problem = Problem.build(query, key, value, attn_mask=mask, key_padding_mask=padding)
-    dout, weights = make(1, 2, 13, 3), make(1, 13, 70)
+    dout, weights = make(1, 2, length, 3), make(1, length, 70)
     out = guarded(out)[0]
     grads = cpu.backward(problem, out, lse, dout, None, True)
     assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
@@ -302,6 +307,25 @@ def test_one_kernel_decodes_whatever_else_is_asked() -> None:
     recorded = attn_ext.attention(query.requires_grad_(), key, value)
     for out in (traced, with_lse, recorded):
         torch.testing.assert_close(out, decoded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("query_length", [1, 60])
+def test_lse_of_a_row_with_nan(query_length: int) -> None:
+    query, key, value = (torch.randn(1, 2, n, 40) for n in (query_length, 70, 70))
+    query[0, 1, 0, 3] = float("nan")
+    _, lse = attn_ext.attention(query, key, value, return_lse=True)
+    assert lse.isnan().nonzero().tolist() == [[0, 1, 0]]
+    query[0, 1, 0, 3] = 0
+    seen_by_none = torch.zeros(query_length, 70, dtype=torch.bool)
+    _, lse = attn_ext.attention(query, key, value, attn_mask=seen_by_none, return_lse=True)
+    assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("query_length", [1, 1000])
+def test_without_query_heads(query_length: int) -> None:
+    query, key = torch.zeros(1, 0, query_length, 64), torch.zeros(1, 2, 600, 64)
+    assert attn_ext.attention(query, key, key).shape == query.shape
+    assert attn_ext.attention_weights(query, key, average=True).isnan().all()
 
 
 @pytest.mark.parametrize("average", [False, True])
