@@ -155,6 +155,7 @@ CASES = [
     Case("parts_hidden", lambda s: {"attn_mask": (torch.arange(s.query_length)[:, None] // 32 + torch.arange(s.key_length) // 32) % 3 == torch.tensor(1)}, Sizes(1, 1, 1, 130, 205, 64, 40)),
     # A few rows with a few keys, and with the rest of a tile; more of them than share what is loaded.
     Case("decode_few_keys", lambda s: {**_everything(s), "dropout_p": 0.0}, Sizes(query_heads=6, key_heads=2, query_length=2, key_length=19, head_dim=72, value_dim=40)),
+    Case("decode_no_keys", lambda s: {"sinks": torch.zeros(s.query_heads, dtype=torch.float64)}, Sizes(query_length=1, key_length=0)),
     Case("decode_square", lambda s: {"causal": True}, Sizes(3, 2, 2, 4, 4, 40, 72)),
     # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.
     Case("narrow_and_short", lambda s: {"causal": True}, Sizes(1, 2, 1, 25, 129, 16, 8)),

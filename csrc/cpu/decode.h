@@ -1,6 +1,6 @@
 // Forward pass for a few query rows a key head, as in decoding: it takes as long as keys and values
-// take to come from memory or a cache, so each is read once, in order, for all the rows that share it
-// (the grouped heads' too).
+// take to come from memory or a cache, so each is read once, in order, for all the rows that share
+// it (the grouped heads' too).
 //
 // The lanes are head dimensions here, since lanes of query rows would be empty. One work item is a
 // part of the keys of one (batch, key head); the parts are merged in order (Dao et al.,
@@ -288,9 +288,9 @@ void write_decoded(const Problem& p, const ForwardArguments& to, const SharingRo
   }
 }
 
-// Splits the keys of each (batch, key head) into `parts`: run(rows, part, after, workspace, result)
-// does one of them, `after` being the number of the one after it among all, and write(rows,
-// results) merges those of one key head.
+// Splits the keys of each (batch, key head) into `parts`: run(rows, part, next, workspace, result)
+// does one of them, `next` being the number of the one after it among all, and write(rows, results)
+// merges those of one key head.
 template <typename Workspace, typename Result, typename Run, typename Write>
 void decode_in_parts(const Problem& p, int64_t parts, int threads, Run run, Write write) {
   const int64_t heads = p.batch * p.key_heads, items = heads * parts;
@@ -334,10 +334,9 @@ void decode(const Problem& p, const ForwardArguments& to, int threads) {
   decode_in_parts<DecodeWorkspace<Real>, DecodedPart<Real>>(
       p, parts, threads,
       [&](const SharingRows& rows, int64_t part, int64_t next, const auto& w, const auto& result) {
-        const int64_t next_head = next / parts;
-        const T* after =
-            at<const T>(p.key, next_head / p.key_heads, next_head % p.key_heads,
-                        std::min(seen.part(next % parts, parts).first, p.key_length - 1));
+        const int64_t head = next / parts, first = seen.part(next % parts, parts).first;
+        const T* after = at<const T>(p.key, head / p.key_heads, head % p.key_heads,
+                                     first < p.key_length ? first : 0);
         with_shared<Real>(rows.count, [&](auto shared) {
           decode_part<shared, T>(p, rows, seen.part(part, parts), part == 0, after, w, result);
         });
