@@ -95,7 +95,7 @@ void launch_all(const attn_ext::Problem& p, const attn_ext::cuda::Settings& sett
   const View row = view(p.dtype, p.head_dim), score = view(DType::kFloat32, kLength);
   View single = view(DType::kFloat32, 1);
   if (attn_ext::cuda::shared_bytes(p, settings) > settings.shared_limit) return;
-  if (!weights_gradient) attn_ext::cuda::forward(p, {row, single, true}, settings);
+  if (!weights_gradient) attn_ext::cuda::forward(p, {row, single}, settings);
   attn_ext::BackwardArguments to{};
   to.lse = to.row_term = single;
   to.dquery = to.dkey = row;
