@@ -190,9 +190,8 @@ def attention_weights(
     if problem.dropout_p > 0:
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if lse is None:
-        _, lse = ops.attention(
-            problem, backend
-        )  # with dropout, on which the choice of a kernel depends
+        # With dropout, on which the choice of a kernel depends.
+        _, lse = ops.attention(problem, backend)
     else:
         _check_lse(lse, problem)
     return ops.attention_weights(problem.replace(sinks=None), lse, average, backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,15 @@ def backward_rows() -> Iterator[Row]:
         yield Row("backward", name, targets, prepare, "float32")
 
 
+def training_work(x: Sequence[Tensor], dout: Tensor, causal: bool = False) -> Work:
+    """Output and gradients of query, key and value."""
+
+    def step(attention: Attention) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention(*x, is_causal=causal), x, dout)
+
+    return Work(step(attn_ext.scaled_dot_product_attention), step(F.scaled_dot_product_attention))
+
+
 def forward_and_backward_rows() -> Iterator[Row]:
     cases = [*itertools.product(LARGE, (False, True)), *((shape, False) for shape in SMALL)]
     for (dtype, speedup), (shape, causal) in itertools.product(
@@ -162,12 +171,7 @@ def forward_and_backward_rows() -> Iterator[Row]:
             x = tensors_of(shape, dtype, requires_grad=True)
             dout = torch.randn(shape).to(dtype)
 
-            def step(attention: Attention) -> Callable[[], object]:
-                return lambda: torch.autograd.grad(attention(*x, is_causal=causal), x, dout)
-
-            return Work(
-                step(attn_ext.scaled_dot_product_attention), step(F.scaled_dot_product_attention)
-            )
+            return training_work(x, dout, causal)
 
         name = f"forward and backward {shape} {name_of(dtype, causal)}"
         yield Row("forward and backward", name, {"speedup": speedup}, prepare)
@@ -237,12 +241,7 @@ def pooling_rows() -> Iterator[Row]:
             key, value = torch.randn(2, batch, heads, keys, head_dim).to(dtype)
             x = [tensor.requires_grad_() for tensor in (query, key, value)]
 
-            def step(attention: Attention) -> Callable[[], object]:
-                return lambda: torch.autograd.grad(attention(*x), x, dout)
-
-            return Work(
-                step(attn_ext.scaled_dot_product_attention), step(F.scaled_dot_product_attention)
-            )
+            return training_work(x, dout)
 
         name = f"forward and backward ({batch}, {heads}, 1:{keys}, {head_dim}) {name_of(dtype)}"
         yield Row("pooling", name, {"speedup": speedup}, prepare)

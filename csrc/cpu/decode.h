@@ -187,10 +187,8 @@ inline KeyRange decoded_keys(const Problem& p) {
   return KeyRange(p, all);
 }
 
-// Whether no row sees any key of a tile, by position or by what bool masks say.
-inline bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
-  const KeyRange seen = decoded_keys(p);
-  if (key + keys <= seen.first || key >= seen.end) return true;
+// Whether bool masks hide a tile's keys from every row.
+inline bool masks_hide(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
   if (p.key_mask && p.key_mask.dtype == DType::kBool &&
       look_at_key_mask(p, rows.batch, key, keys) == TileKind::kSkip) {
     return true;
@@ -204,6 +202,12 @@ inline bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t ke
     if (look_at_mask(p, of_head, key, keys) != TileKind::kSkip) return false;
   }
   return true;
+}
+
+// The same, or their position does.
+inline bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
+  const KeyRange seen = decoded_keys(p);
+  return key + keys <= seen.first || key >= seen.end || masks_hide(p, rows, key, keys);
 }
 
 // The softmax and output of all rows of a key head over the keys of `range`; `after` is read next.
@@ -227,7 +231,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
     }
     for (int64_t key = range.first; key < range.end; key += kKeys) {
       const int64_t keys = std::min(kKeys, range.end - key);
-      if (tile_is_hidden(p, rows, key, keys)) continue;
+      if (masks_hide(p, rows, key, keys)) continue;
       const T *k = at<const T>(p.key, batch, key_head, key),
               *v = at<const T>(p.value, batch, key_head, key);
       const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];

@@ -40,54 +40,54 @@ namespace {
 //
 #include "decode_backward.h"
 
-#ifndef ATTN_EXT_BFLOAT16_PRODUCTS
-// Runs `call` with values of the storage type and of the compute type.
-template <typename Call>
-void with_types(DType dtype, Call call) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return call(float{}, float{});
-    case DType::kBFloat16:
-      return call(BFloat16{}, float{});
-    case DType::kFloat16:
-      return call(Float16{}, float{});
-    default:
-      return call(double{}, double{});
-  }
-}
-#endif
-
-#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
 // Pairs of bfloat16 can't be multiplied with a scale's sign, and few rows are multiplied in float.
-inline bool left_to_avx512(const Problem& p) {
+[[maybe_unused]] inline bool left_to_avx512(const Problem& p) {
   return p.dtype != DType::kBFloat16 || p.scale <= 0 || suits_decode(p);
 }
+
+// Runs the kernel for few rows, with values of the storage type and of the compute type, or the
+// general one, which takes one of the elements that are multiplied, too.
+template <typename FewRows, typename General>
+void with_types(const Problem& p, FewRows few_rows, General general) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  (void)p, (void)few_rows;  // see left_to_avx512
+  general(BFloat16{}, float{}, BFloat16Pair{});
+#else
+  const auto run = [&](auto t, auto real) {
+    suits_decode(p) ? few_rows(t, real) : general(t, real, real);
+  };
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run(float{}, float{});
+    case DType::kBFloat16:
+      return run(BFloat16{}, float{});
+    case DType::kFloat16:
+      return run(Float16{}, float{});
+    default:
+      return run(double{}, double{});
+  }
 #endif
+}
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.forward(p, to, threads);
-  forward<BFloat16, float, BFloat16Pair>(p, to, threads);
-#else
-  with_types(p.dtype, [&](auto t, auto real) {
-    using T = decltype(t);
-    using Real = decltype(real);
-    suits_decode(p) ? decode<T, Real>(p, to, threads) : forward<T, Real, Real>(p, to, threads);
-  });
 #endif
+  with_types(
+      p, [&](auto t, auto real) { decode<decltype(t), decltype(real)>(p, to, threads); },
+      [&](auto t, auto real, auto element) {
+        forward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+      });
 }
 void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.weights(p, to, threads);
-  weights<BFloat16, float, BFloat16Pair>(p, to, threads);
-#else
-  with_types(p.dtype, [&](auto t, auto real) {
-    using T = decltype(t);
-    using Real = decltype(real);
-    suits_decode(p) ? decode_weights<T, Real>(p, to, threads)
-                    : weights<T, Real, Real>(p, to, threads);
-  });
 #endif
+  with_types(
+      p, [&](auto t, auto real) { decode_weights<decltype(t), decltype(real)>(p, to, threads); },
+      [&](auto t, auto real, auto element) {
+        weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+      });
 }
 void run_linear(const LinearArguments& arguments, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
@@ -99,15 +99,12 @@ void run_linear(const LinearArguments& arguments, int threads) {
 void run_backward(const Problem& p, const BackwardArguments& to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.backward(p, to, threads);
-  backward<BFloat16, float, BFloat16Pair>(p, to, threads);
-#else
-  with_types(p.dtype, [&](auto t, auto real) {
-    using T = decltype(t);
-    using Real = decltype(real);
-    suits_decode(p) ? decode_backward<T, Real>(p, to, threads)
-                    : backward<T, Real, Real>(p, to, threads);
-  });
 #endif
+  with_types(
+      p, [&](auto t, auto real) { decode_backward<decltype(t), decltype(real)>(p, to, threads); },
+      [&](auto t, auto real, auto element) {
+        backward<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+      });
 }
 
 }  // namespace
