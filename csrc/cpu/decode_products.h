@@ -15,13 +15,15 @@ struct Stream {
 
 // Asks for lines some KiB ahead of the rows that are worked on, sooner than the hardware's
 // prefetchers do: a few at a time, and as they lie in memory. In another order, or by the dozen,
-// memory delivers a fifth less.
+// memory delivers a fifth less. On AMD's processors straight into the first cache; Intel's wait for
+// few lines at a time there, and memory delivers twice as much by way of the second one.
 template <typename T>
 class ReadAhead {
  public:
   explicit ReadAhead(const Stream<T>& stream)
       : bytes_(stream.width * static_cast<int64_t>(sizeof(T))), stride_(stream.stride) {
-    const int64_t rows = std::min(kKeys, 1 + kBytesAhead / (bytes_ + 1));
+    const int64_t bytes_ahead = by_second_cache_ ? 8192 : 5120;
+    const int64_t rows = std::min(kKeys, 1 + bytes_ahead / (bytes_ + 1));
     left_ = stream.count - rows;
     row_ = stream.rows + rows * stride_;
     next_ = stream.next_rows, next_stride_ = stream.next_stride;
@@ -32,7 +34,8 @@ class ReadAhead {
   inline __attribute__((always_inline)) void ask() {
 #pragma GCC unroll 8
     for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row_) + offset_, 0, 0);
+      const char* line = reinterpret_cast<const char*>(row_) + offset_;
+      by_second_cache_ ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 0, 0);
       offset_ += 64;
       if (offset_ < bytes_) continue;
       offset_ = 0, row_ += stride_;
@@ -41,13 +44,12 @@ class ReadAhead {
   }
 
  private:
-  static constexpr int64_t kBytesAhead = 5120;
-
   void enter_next(int64_t row) {
     stride_ = next_stride_, row_ = next_ + row * stride_;
     left_ = std::numeric_limits<int64_t>::max();
   }
 
+  const bool by_second_cache_ = is_intel();
   int64_t bytes_, stride_, next_stride_, left_, offset_ = 0;
   const T *row_, *next_;
 };

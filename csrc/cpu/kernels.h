@@ -24,18 +24,27 @@ extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kPortableKernels;
 
+// Whether the processor is Intel's, some of whose instructions have other costs than AMD's.
+inline bool is_intel() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel") != 0;
+  return intel;
+#else
+  return false;
+#endif
+}
+
 // Best first; an emulated one last, so that it runs only where it is asked for. On Intel's
 // processors AVX-512 comes before products of bfloat16 pairs (vdpbf16ps), with which Emerald
 // Rapids took 1.3 to 1.7 times as long.
 inline const std::vector<const Kernels*>& all_kernels() {
 #if defined(__x86_64__)
-  static const bool slow_pairs = __builtin_cpu_is("intel") != 0;
   static const std::vector<const Kernels*> all = {
 #ifndef ATTN_EXT_EMULATE_AMX
       &kAmxKernels,
 #endif
-      slow_pairs ? &kAvx512Kernels : &kAvx512Bf16Kernels,
-      slow_pairs ? &kAvx512Bf16Kernels : &kAvx512Kernels,
+      is_intel() ? &kAvx512Kernels : &kAvx512Bf16Kernels,
+      is_intel() ? &kAvx512Bf16Kernels : &kAvx512Kernels,
       &kAvx2Kernels,
       &kPortableKernels,
 #ifdef ATTN_EXT_EMULATE_AMX
