@@ -65,6 +65,14 @@ def _everything(s: Sizes) -> Options:
     }
 
 
+def _heads_take_turns(s: Sizes) -> Options:
+    """All that heads of one block may differ in."""
+    options = _everything(s)
+    del options["alibi_slopes"], options["dropout_p"]
+    mask = _float_mask(s.query_heads, s.query_length, s.key_length)
+    return {**options, "attn_mask": mask, "window": (40, 9)}
+
+
 GROUPED = Sizes(query_heads=6, key_heads=2)
 DECODE = Sizes(query_heads=6, key_heads=2, query_length=1, key_length=701)
 SQUARE = Sizes(query_length=97, key_length=97)
@@ -157,6 +165,10 @@ CASES = [
     Case("decode_few_keys", lambda s: {**_everything(s), "dropout_p": 0.0}, Sizes(query_heads=6, key_heads=2, query_length=2, key_length=19, head_dim=72, value_dim=40)),
     Case("decode_no_keys", lambda s: {"sinks": torch.zeros(s.query_heads, dtype=torch.float64)}, Sizes(query_length=1, key_length=0)),
     Case("decode_square", lambda s: {"causal": True}, Sizes(3, 2, 2, 4, 4, 40, 72)),
+    # Few rows of grouped heads, which share blocks on CPUs: masks by row and by head, several blocks, one row a head.
+    Case("heads_take_turns", _heads_take_turns, Sizes(query_heads=10, key_heads=2, query_length=5)),
+    Case("heads_take_turns_causal", lambda s: {"causal": "lower_right", "attn_mask": _bool_mask(s.query_length, s.key_length)}, Sizes(query_heads=8, key_heads=2, query_length=29, key_length=150)),
+    Case("many_heads_decode", lambda s: {"attn_mask": _bool_mask(s.query_heads, 1, s.key_length), "key_padding_mask": _bool_mask(s.batch, s.key_length)}, Sizes(query_heads=24, key_heads=2, query_length=1, key_length=301, head_dim=64, value_dim=72)),
     # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.
     Case("narrow_and_short", lambda s: {"causal": True}, Sizes(1, 2, 1, 25, 129, 16, 8)),
     *(

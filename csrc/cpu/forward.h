@@ -182,15 +182,19 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
 
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
-void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, Real sink,
+void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, bool with_sinks,
                   const PackedColumns<T, Element>& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
   pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
   // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
   // says so, and the block is done again with care.
   for (bool careful : {false, true}) {
-    std::fill(w.max, w.max + kRows<Real>, sink * static_cast<Real>(kLog2E));
-    std::fill(w.sum, w.sum + kRows<Real>, sink == -kInfinity<Real> ? Real(0) : Real(1));
+    std::fill(w.max, w.max + kRows<Real>, -kInfinity<Real>);
+    std::fill(w.sum, w.sum + kRows<Real>, Real(0));
+    for (int64_t i = 0; with_sinks && i < rows.count; ++i) {
+      w.max[i] = *at<const Real>(p.sinks, 0, rows.head_of(i), 0) * static_cast<Real>(kLog2E);
+      w.sum[i] = w.max[i] == -kInfinity<Real> ? Real(0) : Real(1);
+    }
     const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, after, w);
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
   }
@@ -200,19 +204,18 @@ template <typename T, typename Real, typename Element>
 void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& rows,
                   const ForwardWorkspace<Real, Element>& w) {
   alignas(kVectorBytes) Real inverse[kRows<Real>];
+  T* out[kRows<Real>];
   for (int64_t i = 0; i < rows.count; ++i) {
     const Real max = w.max[i], sum = w.sum[i];
+    out[i] = row_at<T>(to.out, rows, i);
     inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
     if (!to.lse) continue;
-    *at<Real>(to.lse, rows.batch, rows.head, rows.first + i) =
+    *row_at<Real>(to.lse, rows, i) =
         max == kInfinity<Real> ? max : static_cast<Real>(kLn2 * max + std::log(sum));
   }
-  T* out = at<T>(to.out, rows.batch, rows.head, rows.first);
-  const int64_t stride = to.out.stride[2];
-  for_each_row(w.output, p.value_dim, rows,
-               [=, &inverse](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
-                 store_some(out + i * stride + d, x * inverse[i], count);
-               });
+  for_each_row(w.output, p.value_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
+    store_some(out[i] + d, x * inverse[i], count);
+  });
 }
 
 // Adds another part's softmax and output to w's.
@@ -256,8 +259,21 @@ inline int64_t heads_in_turns(const Problem& p) {
   return bytes > kCachedBytes ? kHeads : 1;
 }
 
+// The problem whose heads are the key heads, the query heads of each taking turns in its blocks, so
+// that few rows of many heads fill vectors, and read keys and values once. The problem as it is
+// where heads have rows enough, and with dropout or ALiBi, which know one head a block.
+template <typename Real>
+Problem with_shared_blocks(Problem p) {
+  const int64_t sharing = p.query_heads / std::max<int64_t>(p.key_heads, 1);
+  if (sharing <= 1 || p.query_length >= kRows<Real> || p.alibi_slopes || p.dropout_p > 0) return p;
+  p.query_heads = p.key_heads, p.query_length *= sharing;
+  return p;
+}
+
 template <typename T, typename Real, typename Element>
-void forward(const Problem& p, const ForwardArguments& to, int threads) {
+void forward(const Problem& given, const ForwardArguments& to, int threads) {
+  const Problem p = with_shared_blocks<Real>(given);
+  const int64_t sharing = given.query_heads / std::max<int64_t>(p.query_heads, 1);
   const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t items = p.batch * p.query_heads * blocks, parts = key_parts(p, items, threads);
   // A head's last blocks first: causality makes them long.
@@ -266,7 +282,7 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
     const int64_t turns = blocks * heads_at_once, turn = item % turns;
     const int64_t head = item / turns * heads_at_once + turn % heads_at_once;
     const int64_t block = blocks - 1 - turn / heads_at_once;
-    return RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block);
+    return RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block, sharing);
   };
   threads = static_cast<int>(std::clamp<int64_t>(items * parts, 1, threads));
   const PackedColumns<T, Element> packed(p, p.value, p.value_dim, blocks);
@@ -280,15 +296,14 @@ void forward(const Problem& p, const ForwardArguments& to, int threads) {
     for (int64_t i = 0; i < items * parts; ++i) {
       const int64_t part = i % parts;
       const RowBlock rows = rows_of(i / parts);
-      const Real sink =
-          p.sinks && part == 0 ? *at<const Real>(p.sinks, 0, rows.head, 0) : -kInfinity<Real>;
+      const bool with_sinks = p.sinks && part == 0;
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
       const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
       Ahead after{first_keys<T>(p, next, KeyRange(p, next))};
       after.add(upcoming_rows<T>(to.out, rows, p.value_dim));
       after.add(upcoming_rows<T>(p.query, next, p.head_dim));
-      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), sink, packed, after, w);
+      forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), with_sinks, packed, after, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }
     if (parts > 1) {

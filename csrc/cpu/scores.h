@@ -61,8 +61,7 @@ void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s, Vec<
   }
 }
 
-// s = factor * s + mask for every row; a mask with row stride 0 is one entry a key. `top` becomes
-// each row's largest score.
+// s = factor * s + mask for every row. `top` becomes each row's largest score.
 template <typename T, typename Real>
 void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t keys, Real factor,
                    Real* s, Real* top) {
@@ -72,9 +71,9 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
   for (Vec<Real>& lanes : tops) lanes = broadcast(-kInfinity<Real>);
   for (int64_t j0 = 0; j0 < keys; j0 += kW) {
     const int64_t count = std::min(kW, keys - j0);
-    const T* from = at<const T>(mask, rows.batch, rows.head, rows.first, key + j0);
     Real* block = s + j0 * kRows<Real>;
-    if (mask.stride[2] == 0) {
+    if (same_for_all_rows(mask, rows)) {
+      const T* from = row_at<const T>(mask, rows, 0, key + j0);
       const Vec<Real> entries = mask_entries<Real>(from, column, count);
       for (int64_t j = 0; j < count; ++j) {
         const Vec<Real> entry = broadcast<Real>(entries[j]);
@@ -87,8 +86,8 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
     }
     for (int64_t first = 0; first < rows.count; first += kW) {
       const int64_t stride = mask.stride[2], row_count = std::min(kW, rows.count - first);
-      const T* row = from + first * stride;
-      const bool whole = row_count == kW && count == kW && column == 1;
+      const T* row = row_at<const T>(mask, rows, first, key + j0);
+      const bool whole = row_count == kW && count == kW && column == 1 && rows.sharing == 1;
       Vec<Real>& lanes = tops[first / kW];
       if constexpr (std::is_same_v<T, uint8_t>) {
         if (whole) {
@@ -109,8 +108,10 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
         continue;
       }
       for (int64_t i = 0; i < kW; ++i) {
-        square[i] =
-            i < row_count ? mask_entries<Real>(row + i * stride, column, count) : Vec<Real>{};
+        square[i] = i < row_count
+                        ? mask_entries<Real>(row_at<const T>(mask, rows, first + i, key + j0),
+                                             column, count)
+                        : Vec<Real>{};
       }
       transpose<Real>(square);
       for (int64_t j = 0; j < count; ++j) {
@@ -144,19 +145,22 @@ void apply_mask(const View& mask, const RowBlock& rows, int64_t key, int64_t key
 // Hide what lies beyond the window or the diagonal.
 template <typename Real>
 void apply_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys, Real* s) {
-  const Vec<Real> lane = lane_index<Real>();
+  alignas(kVectorBytes) Real places[kRows<Real>];  // of rows, after the block's first
+  for (int64_t i = 0; i < kRows<Real>; ++i) {
+    places[i] = static_cast<Real>(rows.row_of(i) - rows.row_of(0));
+  }
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   for (int64_t j = 0; j < keys; ++j) {
-    // Row i of the block sees the key if lowest <= i <= highest.
-    const int64_t middle = key + j - p.diagonal - rows.first;
+    // The rows in places lowest to highest see the key.
+    const int64_t middle = key + j - rows.diagonal(p, 0);
     const Real lowest = static_cast<Real>(std::clamp<int64_t>(middle - p.right, 0, kRows<Real>));
     const Real highest = static_cast<Real>(std::clamp<int64_t>(middle + p.left, -1, kRows<Real>));
     for (int64_t v = 0; v < rows.vectors; ++v) {
       Real* score = s + j * kRows<Real> + v * kLanes<Real>;
-      const Vec<Real> row = lane + static_cast<Real>(v * kLanes<Real>);
+      const Vec<Real> place = load(places + v * kLanes<Real>);
       Vec<Real> x = load(score);
-      x = row < lowest ? hidden : x;
-      store<Real>(score, row > highest ? hidden : x);
+      x = place < lowest ? hidden : x;
+      store<Real>(score, place > highest ? hidden : x);
     }
   }
 }

@@ -42,11 +42,13 @@ inline T* at(const View& view, int64_t b, int64_t h, int64_t row, int64_t column
          row * view.stride[2] + column * view.stride[3];
 }
 
-// The query rows [first, first + count) of one head.
+// The query rows [first, first + count) of one head, or of `sharing` heads that have a key head in
+// common, taking turns: first those heads' row 0, then their row 1.
 struct RowBlock {
   int64_t batch, head, key_head, first;
   int64_t count;    // rows that exist
   int64_t vectors;  // vectors that hold them
+  int64_t sharing = 1;
 
   // How many blocks a head's rows make: as few as possible.
   template <typename Real>
@@ -56,7 +58,8 @@ struct RowBlock {
 
   // Vectors are shared out evenly, so that no block is left with a single one.
   template <typename Real>
-  static RowBlock make(const Problem& p, int64_t batch, int64_t head, int64_t block) {
+  static RowBlock make(const Problem& p, int64_t batch, int64_t head, int64_t block,
+                       int64_t sharing = 1) {
     const int64_t blocks = blocks_a_head<Real>(p);
     constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
     const int64_t shares = (p.query_length + kAtOnce - 1) / kAtOnce;
@@ -66,16 +69,38 @@ struct RowBlock {
     rows.first = begin * kAtOnce;
     rows.count = std::min(end * kAtOnce, p.query_length) - rows.first;
     rows.vectors = (end - begin) * kVectorsAtOnce;
+    rows.sharing = sharing;
     return rows;
   }
+
+  // Of the block's row i: its head, its place among the head's rows, and the key index that stands
+  // on its diagonal.
+  int64_t head_of(int64_t i) const {
+    return sharing == 1 ? head : head * sharing + (first + i) % sharing;
+  }
+  int64_t row_of(int64_t i) const { return sharing == 1 ? first + i : (first + i) / sharing; }
+  int64_t diagonal(const Problem& p, int64_t i) const { return row_of(i) + p.diagonal; }
 };
 
-// Rows of a view that are read or written before long, see Upcoming.
+// The block's row i in a tensor that has the queries' heads and rows.
+template <typename T>
+inline T* row_at(const View& view, const RowBlock& rows, int64_t i, int64_t column = 0) {
+  return at<T>(view, rows.batch, rows.head_of(i), rows.row_of(i), column);
+}
+
+// Whether every row of the block has the same entries of a mask.
+inline bool same_for_all_rows(const View& mask, const RowBlock& rows) {
+  return mask.stride[2] == 0 && (rows.sharing == 1 || mask.stride[1] == 0);
+}
+
+// Rows of a view that are read or written before long, see Upcoming; none where heads take turns,
+// which is where rows are few.
 template <typename T>
 Upcoming upcoming_rows(const View& view, const RowBlock& rows, int64_t width, int64_t column = 0) {
   constexpr int64_t kSize = sizeof(T);
-  return {at<const T>(view, rows.batch, rows.head, rows.first, column), view.stride[2] * kSize,
-          width * kSize, rows.count};
+  if (rows.sharing > 1) return {};
+  return {row_at<const T>(view, rows, 0, column), view.stride[2] * kSize, width * kSize,
+          rows.count};
 }
 
 // Keys or values [first, first + count), or their gradients.
@@ -93,9 +118,9 @@ struct KeyRange {
   int64_t first, end;
 
   KeyRange(const Problem& p, const RowBlock& rows) {
-    const int64_t diagonal = rows.first + p.diagonal;
-    first = std::max<int64_t>(0, diagonal - p.left) / kKeys * kKeys;
-    end = std::clamp<int64_t>(diagonal + rows.count + p.right, 0, p.key_length);
+    const int64_t low = rows.diagonal(p, 0), high = rows.diagonal(p, rows.count - 1);
+    first = std::max<int64_t>(0, low - p.left) / kKeys * kKeys;
+    end = std::clamp<int64_t>(high + 1 + p.right, 0, p.key_length);
     end = std::min(whole_keys(end), p.key_length);
   }
   KeyRange(int64_t first, int64_t end) : first(first), end(end) {}
@@ -150,13 +175,13 @@ enum class TileKind { kSkip, kFull, kEdge };
 // What the bool mask says of a tile: one look at each of its bytes, which are 0 or 1.
 inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
   const View& mask = p.mask;
-  const int64_t count = mask.stride[2] == 0 ? 1 : rows.count, column = mask.stride[3];
+  const int64_t count = same_for_all_rows(mask, rows) ? 1 : rows.count, column = mask.stride[3];
   Words any_of_many{}, all_of_many = Words{} + 0x01010101u;
   constexpr uint64_t kOnes = 0x0101010101010101u;
   uint64_t any_of_some = 0, all_of_some = kOnes;
   uint8_t any = 0, all = 1;
   for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* row = at<const uint8_t>(mask, rows.batch, rows.head, rows.first + i, key);
+    const uint8_t* row = row_at<const uint8_t>(mask, rows, i, key);
     int64_t j = 0;
     for (; column == 1 && j + kVectorBytes <= keys; j += kVectorBytes) {
       Words many;
@@ -189,13 +214,13 @@ inline TileKind look_at_key_mask(const Problem& p, int64_t batch, int64_t key, i
 
 // Whether any of a tile lies beyond the window or the diagonal.
 inline bool beyond_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
-  const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
+  const int64_t low = rows.diagonal(p, 0), high = rows.diagonal(p, rows.count - 1);
   return key + keys - 1 > low + p.right || key < high - p.left;
 }
 
 // Skip, Full or Edge, by position and masks; only an Edge tile tests an index or a mask again.
 inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
-  const int64_t low = rows.first + p.diagonal, high = low + rows.count - 1;
+  const int64_t low = rows.diagonal(p, 0), high = rows.diagonal(p, rows.count - 1);
   if (key > high + p.right || key + keys - 1 < low - p.left) return TileKind::kSkip;
   bool edge = beyond_window(p, rows, key, keys);
   if (p.key_mask) {
@@ -235,20 +260,20 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
                      Element* packed) {
   constexpr int64_t kW = kLanes<Real>;
   const int64_t elements = (width + kDepth<Element> - 1) / kDepth<Element>;
-  const int64_t stride = view.stride[2];
   for (int64_t first_row = 0; first_row < rows.vectors * kW; first_row += kW) {
-    const T* from = at<const T>(view, rows.batch, rows.head, rows.first + first_row);
-    const int64_t count = rows.count - first_row;
+    const int64_t count = std::min(kW, rows.count - first_row);
+    const T* from[kW];
+    for (int64_t i = 0; i < count; ++i) from[i] = row_at<const T>(view, rows, first_row + i);
     for (int64_t first = 0; first < elements; first += kW) {
       const auto row = [&](int64_t i) -> Vec<Real> {
         if constexpr (kDepth<Element> == 1) {
-          return load_some(from + i * stride + first, width - first) * factor;
+          return load_some(from[i] + first, width - first) * factor;
         } else {
-          return load_pairs(from + i * stride, first, width);
+          return load_pairs(from[i], first, width);
         }
       };
       Vec<Real> block[kW];
-      if (count >= kW) {
+      if (count == kW) {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kW; ++i) block[i] = row(i);
       } else {
