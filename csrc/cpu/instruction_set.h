@@ -16,11 +16,11 @@ namespace {
 //
 #include "matmul.h"
 //
+#include "tile.h"
+//
 #ifdef ATTN_EXT_AMX_PRODUCTS
 #include "matmul_amx.h"
 #endif
-//
-#include "tile.h"
 //
 #include "scores.h"
 //

@@ -1,8 +1,9 @@
 // matmul.h's product for pairs of bfloat16, by the tiles of AMX.
 //
 // A block of C is two by two tiles, the four sums of which stay in registers while two tiles of A
-// and two of B pass by: all eight registers, and each operand loaded is used twice. Rows and depths
-// that don't fill a tile are left to vectors.
+// and two of B pass by: all eight registers, and each operand loaded is used twice. What does not
+// fill tiles is copied, with zeros after it: the end of the depth in products over a head's
+// dimensions, whose rows are whole tiles of keys, or the last rows in products over whole tiles.
 //
 // A core can do vector work beside these products, but it does not pay to mix them: only one of its
 // two units of multiply-adds works on vectors meanwhile, and what limits both is tiles on their way
@@ -49,31 +50,42 @@ class SumsToStore {
   int64_t stride_ = 0;
 };
 
-// C (tall x wide tiles) = A B or C += A B, `depth` being that of whole tiles. The sums are in
-// registers 0 to 3, A's tiles in 4 and 5, B's in 6 and 7. Sums of two by two tiles are left to
-// `unstored`.
+// A and B of a product over whole tiles.
+struct TileOperands {
+  const BFloat16Pair *a, *b;
+  int64_t lda, ldb, depth;
+
+  TileOperands at(int64_t row, int64_t column) const {
+    return {a + row * lda, b + column, lda, ldb, depth};
+  }
+};
+
+// C (tall x wide tiles) = A B or C += A B, over `most` and then `rest`. The sums are in registers 0
+// to 3, A's tiles in 4 and 5, B's in 6 and 7. Sums of two by two tiles are left to `unstored`.
 template <int kTall, int kWide>
-void multiply_tiles(int64_t depth, const BFloat16Pair* a, int64_t lda, const BFloat16Pair* b,
-                    int64_t ldb, float* c, int64_t stride, bool accumulate, SumsToStore& unstored) {
+void multiply_tiles(const TileOperands& most, const TileOperands& rest, float* c, int64_t stride,
+                    bool accumulate, SumsToStore& unstored) {
   constexpr auto kSums = std::make_integer_sequence<int, kTall * kWide>{};
   const auto place = [&](int sum) {
     return c + sum / kWide * kTileSide * stride + sum % kWide * kTileSide;
   };
-  const auto step = [&](int64_t k, auto first) {
+  const auto step = [&](const TileOperands& from, int64_t k, auto first) {
     for_each_index(kSums, [&](auto sum) {
       constexpr int kRow = sum / kWide, kColumn = sum % kWide;
       if (first) {
         unstored.template store<sum>();
         begin_sum<sum>(place(sum), stride, accumulate);
       }
-      if (kColumn == 0) load_tile<4 + kRow>(a + kRow * kTileSide * lda + k, lda);
-      if (kRow == 0) load_tile<6 + kColumn>(b + k * ldb + kColumn * kTileSide, ldb);
+      if (kColumn == 0) load_tile<4 + kRow>(from.a + kRow * kTileSide * from.lda + k, from.lda);
+      if (kRow == 0) load_tile<6 + kColumn>(from.b + k * from.ldb + kColumn * kTileSide, from.ldb);
       multiply_add_tiles<sum, 4 + kRow, 6 + kColumn>();
     });
   };
   if (kTall * kWide < 4) unstored.store_all();
-  step(0, std::true_type{});
-  for (int64_t k = kTileSide; k < depth; k += kTileSide) step(k, std::false_type{});
+  const bool only_rest = most.depth == 0;
+  step(only_rest ? rest : most, 0, std::true_type{});
+  for (int64_t k = kTileSide; k < most.depth; k += kTileSide) step(most, k, std::false_type{});
+  if (rest.depth > 0 && !only_rest) step(rest, 0, std::false_type{});
   if (kTall * kWide == 4) {
     unstored.set(c, stride);
   } else {
@@ -118,38 +130,74 @@ inline void scale_columns(int64_t rows, int64_t vectors, const Into<float>& to) 
   }
 }
 
+// All of C, of whole tiles.
+inline void multiply_all_tiles(int64_t rows, int64_t vectors, const TileOperands& most,
+                               const TileOperands& rest, const Into<float>& to) {
+  SumsToStore unstored;
+  for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
+    for (int64_t vector = 0; vector < vectors; vector += 2) {
+      const bool tall = row + 2 * kTileSide <= rows, wide = vector + 2 <= vectors;
+      const int64_t column = vector * kTileSide;
+      const auto block = tall ? (wide ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                              : (wide ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+      block(most.at(row, column), rest.at(row, column), to.c + row * to.stride + column, to.stride,
+            to.accumulate, unstored);
+      if (to.ahead) to.ahead->ask(kLinesAsked);
+    }
+  }
+}
+
+// Copies `rows` rows of `count` pairs, and fills up the copy, whole_rows of them, with zeros.
+inline void copy_filled(int64_t rows, int64_t count, const BFloat16Pair* from, int64_t stride,
+                        int64_t whole_rows, int64_t whole_count, BFloat16Pair* to) {
+  for (int64_t row = 0; row < whole_rows; ++row) {
+    for (int64_t k = 0; k < whole_count; k += kTileSide) {
+      const int64_t left = row < rows ? count - k : 0;
+      store_packed(to + row * whole_count + k,
+                   load_items<Words>(left > 0 ? from + row * stride + k : from, left));
+    }
+  }
+}
+
 template <bool kRowsAdjacent>
 void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* a, int64_t lda,
               const BFloat16Pair* b, int64_t ldb, const Into<float>& to) {
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
-  const auto by_vectors = multiply<false, BFloat16Pair, float>;
+  constexpr int64_t kColumns = kBlockVectors * kTileSide, kMostDepth = kKeys / 2;
   if (to.scale) scale_columns(rows, vectors, to);
+  if (depth == 0) return;  // asked for the sake of the factors
   Into<float> sum{to.c, to.stride, to.accumulate || to.scale, nullptr, nullptr, to.ahead};
-  const int64_t tile_depth = depth / kTileSide * kTileSide;
-  const int64_t tile_rows = tile_depth > 0 ? rows / kTileSide * kTileSide : 0;
-  if (tile_rows < rows) {
-    by_vectors(rows - tile_rows, vectors, depth, a + tile_rows * lda, lda, b, ldb,
-               sum.at(tile_rows, 0));
+  const int64_t tile_depth = depth / kTileSide * kTileSide, more = depth - tile_depth;
+  const int64_t tile_rows = rows / kTileSide * kTileSide, more_rows = rows - tile_rows;
+  const TileOperands most{a, b, lda, ldb, tile_depth};
+  if (more > 0) {
+    alignas(kVectorBytes) BFloat16Pair a_rest[kKeys * kTileSide], b_rest[kTileSide * kColumns];
+    const int64_t columns = vectors * kTileSide;
+    copy_filled(rows, more, a + tile_depth, lda, rows, kTileSide, a_rest);
+    copy_filled(more, columns, b + tile_depth * ldb, ldb, kTileSide, columns, b_rest);
+    return multiply_all_tiles(rows, vectors, most, {a_rest, b_rest, kTileSide, columns, kTileSide},
+                              sum);
   }
-  if (tile_rows > 0 && tile_depth < depth) {
-    by_vectors(tile_rows, vectors, depth - tile_depth, a + tile_depth, lda, b + tile_depth * ldb,
-               ldb, sum);
-    sum.accumulate = true;
-  }
-  if (tile_rows > 0 && tile_depth == 2 * kTileSide && vectors == 2) {
+  if (depth == 2 * kTileSide && vectors == 2 && tile_rows > 0) {
     multiply_by_four(tile_rows, a, lda, b, ldb, sum);
   } else {
-    SumsToStore unstored;
-    for (int64_t row = 0; row < tile_rows; row += 2 * kTileSide) {
-      for (int64_t vector = 0; vector < vectors; vector += 2) {
-        const bool tall = row + 2 * kTileSide <= tile_rows, wide = vector + 2 <= vectors;
-        const int64_t column = vector * kTileSide;
-        const auto block = tall ? (wide ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                : (wide ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-        block(tile_depth, a + row * lda, lda, b + column, ldb, to.c + row * to.stride + column,
-              to.stride, sum.accumulate, unstored);
-        if (to.ahead) to.ahead->ask(kLinesAsked);
+    multiply_all_tiles(tile_rows, vectors, most, {}, sum);
+  }
+  if (more_rows > 0) {
+    alignas(kVectorBytes) BFloat16Pair a_rest[kTileSide * kMostDepth];
+    alignas(kVectorBytes) float c_rest[kTileSide * kColumns] = {};
+    const auto for_each_vector = [&](auto call) {
+      for (int64_t row = 0; row < more_rows; ++row) {
+        for (int64_t column = 0; column < vectors * kTileSide; column += kTileSide) {
+          call(to.c + (tile_rows + row) * to.stride + column, c_rest + row * kColumns + column);
+        }
       }
-    }
+    };
+    copy_filled(more_rows, depth, a + tile_rows * lda, lda, kTileSide, depth, a_rest);
+    multiply_all_tiles(kTileSide, vectors, {a_rest, b, depth, ldb, depth}, {},
+                       Into<float>{c_rest, kColumns});
+    for_each_vector([&](float* c, const float* sums) {
+      store<float>(c, sum.accumulate ? load(c) + load(sums) : load(sums));
+    });
   }
 }
