@@ -21,6 +21,7 @@ from attn_ext.benchmark.cases import (
     DECODE_HEAD_DIM,
     DECODE_HEADS,
     DECODE_KEYS,
+    DECODE_MANY_HEADS,
     LARGE,
     MODULES,
     SMALL,
@@ -229,6 +230,8 @@ def decode_rows() -> Iterator[Row]:
         yield decode_row(*heads, keys, dtype, {"percent of peak": 95.0, "speedup": speedup})
     for (dtype, _, speedup), heads in itertools.product(dtypes, DECODE_HEADS):
         yield decode_row(*heads, FEW_KEYS, dtype, {"speedup": speedup})
+    for dtype, speedup, _ in dtypes:
+        yield decode_row(*DECODE_MANY_HEADS, DECODE_KEYS[0], dtype, {"speedup": speedup})
 
 
 def pooling_rows() -> Iterator[Row]:

@@ -38,6 +38,8 @@ MODULES: tuple[Sizes, ...] = ((8, 512, 512, 8), (2, 2048, 768, 12))
 """(N, L, E, H); all others are (B, H, L, D)."""
 DECODE_KEYS = (4096, 32768)
 DECODE_HEADS = ((32, 32), (32, 8))
+DECODE_MANY_HEADS = (64, 4)
+"""More heads a key head than there are lanes for in the kernel that decodes with few."""
 DECODE_HEAD_DIM = 128
 DECODE_BYTES = 2**28
 """Decoding goes from cache to cache, as from layer to layer: so much of them that all are read from
@@ -316,8 +318,10 @@ def short_cases(device: str = "cpu") -> list[Case]:
     """What `pytest bench` runs: each kind of work at one shape or two."""
     half = "bfloat16" if device == "cpu" else "float16"
     shape = Shape.of(SMALL[0])
-    heads, key_heads = DECODE_HEADS[1]
-    cache = Shape(1, heads, key_heads, 1, DECODE_KEYS[0], DECODE_HEAD_DIM)
+    caches = [
+        Shape(1, heads, key_heads, 1, DECODE_KEYS[0], DECODE_HEAD_DIM)
+        for heads, key_heads in (DECODE_HEADS[1], DECODE_MANY_HEADS)
+    ]
     cases = [
         Case("forward", shape, "float32"),
         Case("forward", shape, half),
@@ -326,7 +330,7 @@ def short_cases(device: str = "cpu") -> list[Case]:
         Case("forward and backward", shape, "float32"),
         Case("forward and backward", shape, half),
         *(Case("masks", shape, "float32", option) for option in OPTIONS["masks"]),
-        *(Case("decode", cache, dtype) for dtype in ("float32", half)),
+        *(Case("decode", cache, dtype) for cache in caches for dtype in ("float32", half)),
         Case("varlen", Shape.of((8, 8, 512, 64)), "float32"),
         *(
             Case("module", module_shape(MODULES[0]), "float32", option)
@@ -344,7 +348,7 @@ def full_cases(device: str = "cpu") -> list[Case]:
         for kind in ("forward", "backward", "forward and backward"):
             for option in options_of(kind):
                 cases += [Case(kind, Shape.of(x), dtype, option, device) for x in sizes]
-        for heads, key_heads in DECODE_HEADS:
+        for heads, key_heads in (*DECODE_HEADS, DECODE_MANY_HEADS):
             for keys in DECODE_KEYS:
                 cache = Shape(1, heads, key_heads, 1, keys, DECODE_HEAD_DIM)
                 cases.append(Case("decode", cache, dtype, device=device))
