@@ -23,7 +23,8 @@ ATTN_EXT_CUDA=0 CC="$folder/compiler" CXX="$folder/compiler" .venv/bin/python se
 # One thread: libgomp is not instrumented. From inside the folder, so that its attn_ext is the one imported.
 cd "$folder"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+# Memory that nothing was written to is NaN, so that what is made of it shows.
+export ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 OMP_NUM_THREADS=1
 "$root/.venv/bin/python" - "$folder" <<'END'
 import sys
 

@@ -10,8 +10,8 @@
 constexpr int64_t kDecodeRows = 8;
 constexpr int kLinesARow = 8;  // that memory delivers during a row's softmax, which reads none
 
-// Where it is the faster one: with keys beyond the first caches, or so few rows of a head that the
-// blocks of forward.h would be mostly empty. Of the problem alone, so that whatever recomputes
+// Where it is the faster one: with keys beyond the first caches, or so few rows that the blocks of
+// forward.h would be mostly empty. Of the problem alone, so that whatever recomputes
 // weights from LSE sums scores in the order that LSE came from.
 inline bool suits_decode(const Problem& p) {
   const int64_t lanes = p.dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>;

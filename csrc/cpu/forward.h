@@ -1,7 +1,8 @@
 // Forward pass: out = softmax(scores) V and lse, by online softmax (Dao, arXiv:2307.08691,
 // algorithm 1).
 //
-// One work item is a block of query rows of one head; it walks over the keys kKeys at a time:
+// One work item is a block of query rows, of one head or of several that have few rows each and
+// share a key head; it walks over the keys kKeys at a time:
 //     S = K Q^T                       lanes are query rows, K is read where it lies
 //     m' = max(m, max S)
 //     P = exp2(S - m'),  l = l exp2(m - m') + sum P
@@ -260,19 +261,26 @@ inline int64_t heads_in_turns(const Problem& p) {
 }
 
 // The problem whose heads are the key heads, the query heads of each taking turns in its blocks, so
-// that few rows of many heads fill vectors, and read keys and values once. The problem as it is
-// where heads have rows enough, and with dropout or ALiBi, which know one head a block.
+// that they fill vectors and read keys and values once. The problem as it is where that saves no
+// vectors or leaves threads idle, and with dropout or ALiBi, which know one head a block.
 template <typename Real>
-Problem with_shared_blocks(Problem p) {
+Problem with_shared_blocks(const Problem& p, int threads) {
+  constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
+  const auto vectors = [](int64_t rows) { return (rows + kAtOnce - 1) / kAtOnce; };
   const int64_t sharing = p.query_heads / std::max<int64_t>(p.key_heads, 1);
-  if (sharing <= 1 || p.query_length >= kRows<Real> || p.alibi_slopes || p.dropout_p > 0) return p;
-  p.query_heads = p.key_heads, p.query_length *= sharing;
-  return p;
+  if (sharing <= 1 || p.alibi_slopes || p.dropout_p > 0) return p;
+  Problem shared = p;
+  shared.query_heads = p.key_heads, shared.query_length *= sharing;
+  const int64_t alone = sharing * vectors(p.query_length), together = vectors(shared.query_length);
+  const int64_t items = p.batch * p.key_heads * RowBlock::blocks_a_head<Real>(shared);
+  const bool fewer = 4 * together <= 3 * alone || p.query_length <= kAtOnce;
+  const bool busy = items >= threads || 2 * together <= alone;
+  return fewer && busy ? shared : p;
 }
 
 template <typename T, typename Real, typename Element>
 void forward(const Problem& given, const ForwardArguments& to, int threads) {
-  const Problem p = with_shared_blocks<Real>(given);
+  const Problem p = with_shared_blocks<Real>(given, threads);
   const int64_t sharing = given.query_heads / std::max<int64_t>(p.query_heads, 1);
   const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t items = p.batch * p.query_heads * blocks, parts = key_parts(p, items, threads);

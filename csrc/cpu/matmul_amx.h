@@ -56,7 +56,7 @@ struct TileOperands {
   int64_t lda, ldb, depth;
 
   TileOperands at(int64_t row, int64_t column) const {
-    return {a + row * lda, b + column, lda, ldb, depth};
+    return depth == 0 ? *this : TileOperands{a + row * lda, b + column, lda, ldb, depth};
   }
 };
 
@@ -165,8 +165,13 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   constexpr int64_t kColumns = kBlockVectors * kTileSide, kMostDepth = kKeys / 2;
   if (to.scale) scale_columns(rows, vectors, to);
-  if (depth == 0) return;  // asked for the sake of the factors
   Into<float> sum{to.c, to.stride, to.accumulate || to.scale, nullptr, nullptr, to.ahead};
+  if (depth == 0) {
+    for (int64_t row = 0; row < rows && !sum.accumulate; ++row) {
+      std::fill_n(to.c + row * to.stride, vectors * kTileSide, 0.0f);
+    }
+    return;
+  }
   const int64_t tile_depth = depth / kTileSide * kTileSide, more = depth - tile_depth;
   const int64_t tile_rows = rows / kTileSide * kTileSide, more_rows = rows - tile_rows;
   const TileOperands most{a, b, lda, ldb, tile_depth};
@@ -185,19 +190,16 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   }
   if (more_rows > 0) {
     alignas(kVectorBytes) BFloat16Pair a_rest[kTileSide * kMostDepth];
-    alignas(kVectorBytes) float c_rest[kTileSide * kColumns] = {};
-    const auto for_each_vector = [&](auto call) {
-      for (int64_t row = 0; row < more_rows; ++row) {
-        for (int64_t column = 0; column < vectors * kTileSide; column += kTileSide) {
-          call(to.c + (tile_rows + row) * to.stride + column, c_rest + row * kColumns + column);
-        }
-      }
-    };
+    alignas(kVectorBytes) float c_rest[kTileSide * kColumns];
     copy_filled(more_rows, depth, a + tile_rows * lda, lda, kTileSide, depth, a_rest);
     multiply_all_tiles(kTileSide, vectors, {a_rest, b, depth, ldb, depth}, {},
                        Into<float>{c_rest, kColumns});
-    for_each_vector([&](float* c, const float* sums) {
-      store<float>(c, sum.accumulate ? load(c) + load(sums) : load(sums));
-    });
+    for (int64_t row = 0; row < more_rows; ++row) {
+      for (int64_t column = 0; column < vectors * kTileSide; column += kTileSide) {
+        float* c = to.c + (tile_rows + row) * to.stride + column;
+        const Vec<float> more_sum = load(c_rest + row * kColumns + column);
+        store<float>(c, sum.accumulate ? load(c) + more_sum : more_sum);
+      }
+    }
   }
 }

@@ -42,15 +42,15 @@ inline Vec<Real> add_entry(Real factor, Vec<Real> entry, Real* score) {
   return masked;
 }
 
-// The same for a square of a bool mask, which is transposed while its entries are bytes. `top`
-// becomes the larger one of itself and the scores.
+// The same for a square of a bool mask, keys from `key` on of each row, which is transposed while
+// its entries are bytes. `top` becomes the larger one of itself and the scores.
 template <typename Real>
-void hide_square(const uint8_t* mask, int64_t stride, Real factor, Real* s, Vec<Real>& top) {
+void hide_square(const uint8_t* const* mask, int64_t key, Real factor, Real* s, Vec<Real>& top) {
   constexpr int64_t kW = kLanes<Real>;
   const Vec<Real> hidden = broadcast(-kInfinity<Real>);
   Bytes<Real> square[kW];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kW; ++i) square[i] = load_items<Bytes<Real>>(mask + i * stride);
+  for (int64_t i = 0; i < kW; ++i) square[i] = load_items<Bytes<Real>>(mask[i] + key);
   transpose_square<kW>(square);
 #pragma GCC unroll 16
   for (int64_t j = 0; j < kW; ++j) {
@@ -67,14 +67,17 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
                    Real* s, Real* top) {
   constexpr int64_t kW = kLanes<Real>;
   const int64_t column = mask.stride[3];
+  const bool same = same_for_all_rows(mask, rows);
+  const T* from[kRows<Real>];
+  for (int64_t i = 0; i < (same ? 1 : rows.count); ++i)
+    from[i] = row_at<const T>(mask, rows, i, key);
   Vec<Real> tops[kBlockVectors];
   for (Vec<Real>& lanes : tops) lanes = broadcast(-kInfinity<Real>);
   for (int64_t j0 = 0; j0 < keys; j0 += kW) {
     const int64_t count = std::min(kW, keys - j0);
     Real* block = s + j0 * kRows<Real>;
-    if (same_for_all_rows(mask, rows)) {
-      const T* from = row_at<const T>(mask, rows, 0, key + j0);
-      const Vec<Real> entries = mask_entries<Real>(from, column, count);
+    if (same) {
+      const Vec<Real> entries = mask_entries<Real>(from[0] + j0 * column, column, count);
       for (int64_t j = 0; j < count; ++j) {
         const Vec<Real> entry = broadcast<Real>(entries[j]);
         for (int64_t v = 0; v < rows.vectors; ++v) {
@@ -85,20 +88,20 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
       continue;
     }
     for (int64_t first = 0; first < rows.count; first += kW) {
-      const int64_t stride = mask.stride[2], row_count = std::min(kW, rows.count - first);
-      const T* row = row_at<const T>(mask, rows, first, key + j0);
-      const bool whole = row_count == kW && count == kW && column == 1 && rows.sharing == 1;
+      const int64_t row_count = std::min(kW, rows.count - first);
+      const T* const* row = from + first;
+      const bool whole = row_count == kW && count == kW && column == 1;
       Vec<Real>& lanes = tops[first / kW];
       if constexpr (std::is_same_v<T, uint8_t>) {
         if (whole) {
-          hide_square(row, stride, factor, block + first, lanes);
+          hide_square(row, j0, factor, block + first, lanes);
           continue;
         }
       }
       Vec<Real> square[kW];
       if (whole) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kW; ++i) square[i] = mask_entries<Real>(row + i * stride, 1, kW);
+        for (int64_t i = 0; i < kW; ++i) square[i] = mask_entries<Real>(row[i] + j0, 1, kW);
         transpose<Real>(square);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < kW; ++j) {
@@ -108,10 +111,8 @@ void apply_mask_of(const View& mask, const RowBlock& rows, int64_t key, int64_t 
         continue;
       }
       for (int64_t i = 0; i < kW; ++i) {
-        square[i] = i < row_count
-                        ? mask_entries<Real>(row_at<const T>(mask, rows, first + i, key + j0),
-                                             column, count)
-                        : Vec<Real>{};
+        square[i] =
+            i < row_count ? mask_entries<Real>(row[i] + j0 * column, column, count) : Vec<Real>{};
       }
       transpose<Real>(square);
       for (int64_t j = 0; j < count; ++j) {

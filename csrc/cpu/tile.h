@@ -43,7 +43,8 @@ inline T* at(const View& view, int64_t b, int64_t h, int64_t row, int64_t column
 }
 
 // The query rows [first, first + count) of one head, or of `sharing` heads that have a key head in
-// common, taking turns: first those heads' row 0, then their row 1.
+// common, taking turns: first those heads' row 0, then their row 1. `head` is then the key head,
+// and rows are found by head_of and row_of.
 struct RowBlock {
   int64_t batch, head, key_head, first;
   int64_t count;    // rows that exist
