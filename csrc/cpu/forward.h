@@ -265,15 +265,14 @@ inline int64_t heads_in_turns(const Problem& p) {
 // vectors or leaves threads idle, and with dropout or ALiBi, which know one head a block.
 template <typename Real>
 Problem with_shared_blocks(const Problem& p, int threads) {
-  constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
-  const auto vectors = [](int64_t rows) { return (rows + kAtOnce - 1) / kAtOnce; };
   const int64_t sharing = p.query_heads / std::max<int64_t>(p.key_heads, 1);
   if (sharing <= 1 || p.alibi_slopes || p.dropout_p > 0) return p;
   Problem shared = p;
   shared.query_heads = p.key_heads, shared.query_length *= sharing;
-  const int64_t alone = sharing * vectors(p.query_length), together = vectors(shared.query_length);
+  const int64_t a_head = RowBlock::shares_a_head<Real>(p), alone = sharing * a_head;
+  const int64_t together = RowBlock::shares_a_head<Real>(shared);
   const int64_t items = p.batch * p.key_heads * RowBlock::blocks_a_head<Real>(shared);
-  const bool fewer = 4 * together <= 3 * alone || p.query_length <= kAtOnce;
+  const bool fewer = 4 * together <= 3 * alone || a_head <= 1;
   const bool busy = items >= threads || 2 * together <= alone;
   return fewer && busy ? shared : p;
 }

@@ -147,13 +147,14 @@ inline void multiply_all_tiles(int64_t rows, int64_t vectors, const TileOperands
   }
 }
 
-// Copies `rows` rows of `count` pairs, and fills up the copy, whole_rows of them, with zeros.
+// Copies `rows` rows of `count` pairs, both filled up to whole tiles with zeros.
 inline void copy_filled(int64_t rows, int64_t count, const BFloat16Pair* from, int64_t stride,
-                        int64_t whole_rows, int64_t whole_count, BFloat16Pair* to) {
-  for (int64_t row = 0; row < whole_rows; ++row) {
-    for (int64_t k = 0; k < whole_count; k += kTileSide) {
+                        BFloat16Pair* to) {
+  const int64_t to_stride = padded<float>(count);
+  for (int64_t row = 0; row < padded<float>(rows); ++row) {
+    for (int64_t k = 0; k < to_stride; k += kTileSide) {
       const int64_t left = row < rows ? count - k : 0;
-      store_packed(to + row * whole_count + k,
+      store_packed(to + row * to_stride + k,
                    load_items<Words>(left > 0 ? from + row * stride + k : from, left));
     }
   }
@@ -178,8 +179,8 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   if (more > 0) {
     alignas(kVectorBytes) BFloat16Pair a_rest[kKeys * kTileSide], b_rest[kTileSide * kColumns];
     const int64_t columns = vectors * kTileSide;
-    copy_filled(rows, more, a + tile_depth, lda, rows, kTileSide, a_rest);
-    copy_filled(more, columns, b + tile_depth * ldb, ldb, kTileSide, columns, b_rest);
+    copy_filled(rows, more, a + tile_depth, lda, a_rest);
+    copy_filled(more, columns, b + tile_depth * ldb, ldb, b_rest);
     return multiply_all_tiles(rows, vectors, most, {a_rest, b_rest, kTileSide, columns, kTileSide},
                               sum);
   }
@@ -191,7 +192,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   if (more_rows > 0) {
     alignas(kVectorBytes) BFloat16Pair a_rest[kTileSide * kMostDepth];
     alignas(kVectorBytes) float c_rest[kTileSide * kColumns];
-    copy_filled(more_rows, depth, a + tile_rows * lda, lda, kTileSide, depth, a_rest);
+    copy_filled(more_rows, depth, a + tile_rows * lda, lda, a_rest);
     multiply_all_tiles(kTileSide, vectors, {a_rest, b, depth, ldb, depth}, {},
                        Into<float>{c_rest, kColumns});
     for (int64_t row = 0; row < more_rows; ++row) {

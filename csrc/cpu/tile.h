@@ -57,13 +57,21 @@ struct RowBlock {
     return (p.query_length + kRows<Real> - 1) / kRows<Real>;
   }
 
+  // How many times the vectors that products take at once a head's rows fill, the last time in
+  // part.
+  template <typename Real>
+  static int64_t shares_a_head(const Problem& p) {
+    constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
+    return (p.query_length + kAtOnce - 1) / kAtOnce;
+  }
+
   // Vectors are shared out evenly, so that no block is left with a single one.
   template <typename Real>
   static RowBlock make(const Problem& p, int64_t batch, int64_t head, int64_t block,
                        int64_t sharing = 1) {
     const int64_t blocks = blocks_a_head<Real>(p);
     constexpr int64_t kAtOnce = kVectorsAtOnce * kLanes<Real>;
-    const int64_t shares = (p.query_length + kAtOnce - 1) / kAtOnce;
+    const int64_t shares = shares_a_head<Real>(p);
     const int64_t begin = shares * block / blocks, end = shares * (block + 1) / blocks;
     RowBlock rows;
     rows.batch = batch, rows.head = head, rows.key_head = head / (p.query_heads / p.key_heads);
