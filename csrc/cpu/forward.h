@@ -7,6 +7,9 @@
 //     m' = max(m, max S)
 //     P = exp2(S - m'),  l = l exp2(m - m') + sum P
 //     O^T = O^T exp2(m - m') + V^T P  rescaled as it is accumulated
+// AMX's products can't rescale on their way, and what vectors have just written makes them wait: m
+// stays as it is there until a score is 2^kMaximumsLag times above it, which few tiles after the
+// first one have.
 // Tiles outside causality and the window are never visited; those that a mask forbids whole are
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
@@ -85,7 +88,8 @@ void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& ro
                     Real factor) {
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
     const Vec<Real> before = load(w.max + lane);
-    const Vec<Real> after = simd_max<Real>(load(w.top + lane) * factor, before);
+    const Vec<Real> top = load(w.top + lane) * factor;
+    const Vec<Real> after = top > before + Real(kMaximumsLag) ? top : before;
     RunningSoftmax<Real> softmax(before, after, load(w.sum + lane));
     scores_to_weights<kKeep>(keys, factor, softmax.shift, w.scores + lane, w.keep + lane,
                              w.weights + lane, softmax.total);

@@ -5,13 +5,15 @@
 // so that a softmax over keys needs no shuffle.
 
 // Rows and keys come in whole tiles of AMX, keys of bfloat16 products in pairs, what is missing
-// being zeros and hidden keys. kPartKeys and kGroupBlocks: see backward.h.
+// being zeros and hidden keys. kPartKeys and kGroupBlocks: see backward.h; kMaximumsLag: forward.h.
 #if defined(ATTN_EXT_AMX_PRODUCTS)
 constexpr int64_t kKeys = 64, kBlockVectors = 2;  // pairs of AMX's tiles; their scores stay in L1
 constexpr int64_t kVectorsAtOnce = 2, kKeysAtOnce = 32, kPartKeys = 32, kGroupBlocks = 8;
+constexpr int kMaximumsLag = 8;
 #else
 constexpr int64_t kKeys = 128, kBlockVectors = 3;
 constexpr int64_t kVectorsAtOnce = 1, kPartKeys = kKeys, kGroupBlocks = 1;
+constexpr int kMaximumsLag = 0;
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
 constexpr int64_t kKeysAtOnce = 2;
 #else
