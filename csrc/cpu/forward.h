@@ -311,7 +311,7 @@ void forward(const Problem& given, const ForwardArguments& to, int threads) {
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
       const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
-      Ahead after{first_keys<T>(p, next, KeyRange(p, next))};
+      Ahead after{first_keys<T>(p, next, KeyRange(p, next)).in_haste(packed.read_once())};
       after.add(upcoming_rows<T>(to.out, rows, p.value_dim));
       after.add(upcoming_rows<T>(p.query, next, p.head_dim));
       forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), with_sinks, packed, after, w);

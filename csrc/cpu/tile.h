@@ -158,7 +158,7 @@ Upcoming first_keys(const Problem& p, const RowBlock& rows, const KeyRange& rang
 constexpr int64_t kTilesBeforeTheEnd = 4;
 
 // What the products of a range's tiles ask for, one tile after another: the next one's keys, and at
-// the end what comes after the range, its operand being the first keys there.
+// the end what comes after the range, its operand being the first keys there, in haste or not.
 template <typename T>
 class AheadOfTiles {
  public:
@@ -169,7 +169,9 @@ class AheadOfTiles {
   Ahead& at(int64_t key) {
     Ahead& ahead = range_.end - key > kTilesBeforeTheEnd * kKeys ? not_yet_ : around_;
     const KeyRange rest(key + kKeys, range_.end);
-    ahead.operand = rest.first < rest.end ? first_keys<T>(p_, rows_, rest) : after_.operand;
+    ahead.operand = rest.first < rest.end
+                        ? first_keys<T>(p_, rows_, rest).in_haste(after_.operand.in_haste())
+                        : after_.operand;
     return ahead;
   }
 
@@ -442,8 +444,12 @@ template <typename T, typename Element>
 class PackedColumns {
  public:
   PackedColumns(const Problem& p, const View& view, int64_t width, int64_t blocks_a_head)
-      : view_(view), width_(width), heads_(p.key_heads), length_(p.key_length) {
-    if (kDepth<Element> == 1 || blocks_a_head * p.query_heads == p.key_heads) return;
+      : view_(view),
+        width_(width),
+        heads_(p.key_heads),
+        length_(p.key_length),
+        read_once_(blocks_a_head * p.query_heads == p.key_heads) {
+    if (kDepth<Element> == 1 || read_once_) return;
     tiles_ = (length_ + kKeys - 1) / kKeys;
     count_ = p.batch * heads_ * tiles_;
     memory_ = allocate_lines<Element>(count_ * tile_size());
@@ -469,9 +475,12 @@ class PackedColumns {
     return scratch;
   }
 
+  // Whether one block alone reads each head's keys and values.
+  bool read_once() const { return read_once_; }
+
   // What tile() will read.
   Upcoming upcoming(const RowBlock& rows, int64_t key, int64_t keys) const {
-    if (!memory_) return upcoming_keys<T>(view_, rows, key, keys, width_);
+    if (!memory_) return upcoming_keys<T>(view_, rows, key, keys, width_).in_haste(read_once_);
     const int64_t bytes = tile_size() * static_cast<int64_t>(sizeof(Element));
     return {tile(rows, key, keys, nullptr), bytes, bytes, 1};
   }
@@ -486,6 +495,7 @@ class PackedColumns {
 
   View view_;
   int64_t width_, heads_, length_, tiles_ = 0, count_ = 0;
+  bool read_once_;
   CacheLines<Element> memory_;
 };
 

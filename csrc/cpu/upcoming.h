@@ -15,6 +15,15 @@ class Upcoming {
 
   bool any() const { return column_ < bytes_ && rows_ > 0; }
 
+  // Whether memory is what the rows are waited for, because they are read once: then they are asked
+  // for as early as can be, stalls or not.
+  bool in_haste() const { return in_haste_; }
+  Upcoming in_haste(bool value) const {
+    Upcoming changed = *this;
+    changed.in_haste_ = value;
+    return changed;
+  }
+
   // What some steps of an inner loop ask for.
   struct Share {
     const char* place = nullptr;
@@ -44,6 +53,7 @@ class Upcoming {
   const char* first_ = nullptr;
   int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
   int64_t row_ = 0, column_ = 0;  // of what is asked for next
+  bool in_haste_ = false;
 };
 
 // What a product asks for while it runs: the next product's operand, then whatever was added.
@@ -59,13 +69,20 @@ struct Ahead {
 
   Upcoming::Share share(int64_t steps) {
     // Half a line a step, so each line twice, where nothing else waits: the more evenly they come.
-    const bool more = next_ < count_;
-    if (operand.any()) return operand.share(steps, more ? Upcoming::kLine : Upcoming::kLine / 2);
+    const bool more = next_ < count_, whole = more || operand.in_haste();
+    if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
     return more ? share_of_others(steps) : Upcoming::Share();
   }
 
-  // Some lines of what was added, at once, where no inner loop has room for them.
+  // Lines of an operand in haste and of what was added, at once, where no inner loop has room for
+  // them.
   void ask(int64_t lines) {
+    constexpr int64_t kLinesInHaste = 96;
+    for (int64_t left = kLinesInHaste; operand.in_haste() && operand.any() && left > 0;) {
+      Upcoming::Share share = operand.share(left, Upcoming::kLine);
+      for (int64_t i = 0; i < share.steps; ++i) share.ask();
+      left -= share.steps;
+    }
     while (lines > 0 && next_ < count_) {
       Upcoming::Share share = share_of_others(lines);
       for (int64_t i = 0; i < share.steps; ++i) share.ask();
