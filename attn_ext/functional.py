@@ -62,8 +62,8 @@ def attention(
         key: (B, Hkv, Lk, D), where Hq is a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Lk, Dv).
         attn_mask: broadcastable to (B, Hq, Lq, Lk), never expanded in memory. Bool: True takes
-            part. Floating (query's dtype or float32): added to the scores; an entry of -inf forbids
-            the pair.
+            part. Floating (query's dtype or float32): added to the scores; an entry of -inf, or of
+            float32's or bfloat16's lowest number (anything below -2.36e38), forbids the pair.
         key_padding_mask: (B, Lk). Bool: True takes part. Floating: added to the scores.
         dropout_p: probability that a weight is dropped, in [0, 1). Always applied if not 0.
         causal: True or "upper_left": row i sees keys up to i (as SDPA's is_causal). "lower_right":

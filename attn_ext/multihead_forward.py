@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from attn_ext.functional import attention, attention_and_weights
 from attn_ext.linear import linear
+from attn_ext.problem import LOWEST_ENTRY
 
 _LARGEST_COMPARED_MASK = 2**24
 _LARGEST_PRODUCT = 2**20
@@ -362,9 +363,10 @@ def _is_causal_mask(mask: Tensor) -> bool:
         or mask.device.type != "cpu"  # looking would wait for the device
         or mask.requires_grad
         or mask.shape[:2] != (1, 1)
-        or mask.numel() > _LARGEST_COMPARED_MASK
+        or not 0 < mask.numel() <= _LARGEST_COMPARED_MASK
     ):
         return False
     if mask.dtype is torch.bool:
         return torch.equal(mask, torch.ones_like(mask).tril())
-    return torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
+    entry = float(mask[0, 0, 0, -1])  # which causality forbids, unless it is the only one
+    return entry < LOWEST_ENTRY and torch.equal(mask, torch.full_like(mask, entry).triu(1))

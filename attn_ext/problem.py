@@ -24,6 +24,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 2**31 - 1
 """Longest sequence, and most batch*heads: dropout counts rows, columns and heads in 32 bits."""
 
+LOWEST_ENTRY = math.log(2) * torch.finfo(torch.float32).min
+"""An entry of a floating mask below it forbids its pair, as -inf does: times log2(e) it is -inf in
+float32. Masks of Transformers and others hold float32's or bfloat16's lowest number instead of
+-inf, of which LSE, and softmax itself, could tell nothing but the entry."""
+
 
 @dataclasses.dataclass(slots=True)
 class Problem:
@@ -34,7 +39,7 @@ class Problem:
         key: (B, Hkv, Lk, D), Hq a multiple of Hkv.
         value: (B, Hkv, Lk, Dv).
         attn_mask: 4-D and broadcastable to (B, Hq, Lq, Lk), never expanded; bool (True takes part)
-            or floating (added to the scores; an entry of -inf forbids the pair).
+            or floating (added to the scores; an entry below LOWEST_ENTRY forbids the pair).
         sinks: (Hq,), a logit per head that takes part in the softmax and has no value.
         key_padding_mask: (B, Lk), bool (True takes part) or floating (added).
         alibi_slopes: (Hq,) or (B, Hq), float32; adds -slope * |row - column| to the scores.

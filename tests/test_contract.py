@@ -417,11 +417,14 @@ def test_inf_that_is_dropped(bad: float, backend: str) -> None:
     assert error(out, exact) < 1e-6
 
 
-def test_rows_without_keys(backend: str) -> None:
+@pytest.mark.parametrize("forbidding", [False, -math.inf, torch.finfo(torch.float32).min])
+def test_rows_without_keys(forbidding: bool | float, backend: str) -> None:
     """Output 0, LSE -inf, gradient 0; and the other rows do not notice."""
     inputs = make_inputs(Case("", lambda s: {}, SQUARE), torch.float32)
     mask = torch.rand(97, 97) < 0.5
     mask[[3, 48, 96]] = False
+    if forbidding is not False:
+        mask = torch.zeros(97, 97).masked_fill(~mask, forbidding)
     out, lse = attn_ext.attention(
         inputs.query, inputs.key, inputs.value, attn_mask=mask, return_lse=True, backend=backend
     )
@@ -433,6 +436,32 @@ def test_rows_without_keys(backend: str) -> None:
     assert (grads[0][:, :, [3, 48, 96]] == 0).all()
     weights = attn_ext.attention_weights(inputs.query, inputs.key, attn_mask=mask, backend=backend)
     assert (weights[:, [3, 48, 96]] == 0).all()
+
+
+@pytest.mark.parametrize("lowest", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_lowest_numbers_forbid(dtype: str, rows: int, lowest: torch.dtype, backend: str) -> None:
+    """In a mask they do as -inf does, forward and backward, in rows of nothing else too."""
+    inputs = make_inputs(Case("", lambda s: {}, Sizes(query_length=rows)), DTYPES[dtype])
+    forbidden, padding = torch.rand(rows, 83) < 0.3, torch.rand(2, 83) < 0.3
+    forbidden[1] = True
+
+    def results(entry: float) -> list[Tensor]:
+        holds = torch.promote_types(lowest, DTYPES[dtype])
+        mask = torch.zeros(rows, 83, dtype=holds).masked_fill(forbidden, entry).requires_grad_()
+        padding_mask = torch.zeros(2, 83, dtype=holds).masked_fill(padding, entry)
+        out, lse = attn_ext.attention(
+            inputs.query, inputs.key, inputs.value, attn_mask=mask, key_padding_mask=padding_mask,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
+        loss = out.float().square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+        return [out, lse, *torch.autograd.grad(loss, (*inputs.differentiable, mask))]
+
+    expected = results(-math.inf)
+    assert (expected[0][:, :, 1] == 0).all()
+    for found, result in zip(results(torch.finfo(lowest).min), expected, strict=True):
+        assert torch.equal(found, result)
 
 
 @pytest.mark.parametrize("dropout_p", [0.4, 1e-3, 0.998])

@@ -215,6 +215,7 @@ def test_causal_hint_with_its_mask() -> None:
     stock, ours = pair()
     for mask in (
         nn.Transformer.generate_square_subsequent_mask(S),
+        torch.full((S, S), torch.finfo(torch.float32).min).triu(1),
         torch.ones(S, S).triu(1).bool(),
     ):
         for need_weights in (False, True):

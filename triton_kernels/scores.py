@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attn_ext.problem import LOWEST_ENTRY as LOWEST_ENTRY_VALUE
 from attn_ext.triton_kernels.arguments import Head
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -17,6 +18,7 @@ INFINITY = tl.constexpr(float("inf"))
 CAREFUL = tl.constexpr(16)
 """How many rows or keys at a time are done again, see `forward`."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOWEST_ENTRY = tl.constexpr(LOWEST_ENTRY_VALUE)
 
 
 @triton.jit
@@ -149,13 +151,13 @@ def load_key_mask(mask, tile, sizes):
 
 @triton.jit
 def masked(s, entries, UNIT: tl.constexpr):
-    """Scores under a mask: bool (True takes part) or floating (added, -inf forbids)."""
+    """Scores under a mask: bool (True takes part) or floating (added, -inf and about the lowest
+    number forbid)."""
     if entries.dtype == tl.int1:
         return tl.where(entries, s, -INFINITY)
     else:
         x = entries.to(tl.float32)
-        # Masks may hold the lowest number instead of -inf, which hides nothing.
-        return tl.where(x == -INFINITY, x, s + tl.maximum(x * UNIT, LOWEST))
+        return tl.where(x < LOWEST_ENTRY, -INFINITY, s + x * UNIT)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_ext.backends import Gradients, WeightsGradients
 from attn_ext.philox import keep_mask
-from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.problem import LOWEST_ENTRY, UNLIMITED, Problem
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -113,7 +113,7 @@ def _visible(problem: Problem) -> Tensor:
         visible = visible & (distance >= -left)
     for mask in (problem.attn_mask, _key_mask(problem)):
         if mask is not None:
-            visible = visible & (mask if mask.dtype is torch.bool else mask != NEGATIVE_INFINITY)
+            visible = visible & (mask if mask.dtype is torch.bool else ~(mask < LOWEST_ENTRY))
     return visible
 
 

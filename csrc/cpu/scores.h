@@ -15,8 +15,8 @@ bool all_finite(const T* rows, int64_t stride, int64_t count, int64_t width) {
   return !any(sum != sum);
 }
 
-// `count` entries of a mask along the keys, in log2 units; -inf where it forbids. Lanes beyond hold
-// anything.
+// `count` entries of a mask along the keys, in log2 units; -inf where it forbids, by -inf or by
+// about the lowest float. Lanes beyond hold anything.
 template <typename Real, typename T>
 inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
   T neighbours[kLanes<Real>];
@@ -28,7 +28,10 @@ inline Vec<Real> mask_entries(const T* from, int64_t stride, int64_t count) {
     const Vec<Real> seen{}, hidden = broadcast(-kInfinity<Real>);
     return widen<Real>(load_items<Bytes<Real>>(from, count)) != 0 ? seen : hidden;
   } else {
-    return load_some(from, count) * Real(kLog2E);
+    const Vec<Real> entries = load_some(from, count) * Real(kLog2E);
+    if constexpr (sizeof(Real) == 4) return entries;  // below the lowest float is -inf
+    return entries < Real(std::numeric_limits<float>::lowest()) ? broadcast(-kInfinity<Real>)
+                                                                : entries;
   }
 }
 

@@ -66,7 +66,7 @@ struct Head {
   }
 };
 
-// An entry of a mask in units of log2, -inf where it forbids.
+// An entry of a mask in units of log2, -inf where it forbids, by -inf or by about the lowest float.
 __device__ __forceinline__ float mask_entry(const View& mask, int64_t b, int64_t h, int64_t row,
                                             int64_t column) {
   if (mask.dtype == DType::kBool) {
