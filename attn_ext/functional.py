@@ -64,7 +64,7 @@ def attention(
         attn_mask: broadcastable to (B, Hq, Lq, Lk), never expanded in memory. Bool: True takes
             part. Floating (query's dtype or float32): added to the scores; an entry of -inf, or of
             float32's or bfloat16's lowest number (anything below -2.36e38), forbids the pair.
-        key_padding_mask: (B, Lk). Bool: True takes part. Floating: added to the scores.
+        key_padding_mask: (B, Lk). Bool: True takes part. Floating: added, as attn_mask is.
         dropout_p: probability that a weight is dropped, in [0, 1). Always applied if not 0.
         causal: True or "upper_left": row i sees keys up to i (as SDPA's is_causal). "lower_right":
             row i sees keys up to i + Lk - Lq (decoding against a cache).
@@ -244,7 +244,7 @@ def scaled_dot_product_attention(
 
     It honours `__torch_function__`; a torch.nn.attention.bias.CausalBias as attn_mask becomes the
     kernel's own causality. Rows that may attend to nothing give 0, where some of PyTorch's paths
-    give NaN.
+    give NaN, and where a mask holds nothing but the lowest float32 or bfloat16 the mean of values.
 
     Args:
         query: (N, ..., Hq, L, E), at least 2-D.

@@ -368,5 +368,5 @@ def _is_causal_mask(mask: Tensor) -> bool:
         return False
     if mask.dtype is torch.bool:
         return torch.equal(mask, torch.ones_like(mask).tril())
-    entry = float(mask[0, 0, 0, -1])  # which causality forbids, unless it is the only one
+    entry = float(mask[0, 0, 0, -1])  # which causality forbids, unless there is one column
     return entry < LOWEST_ENTRY and torch.equal(mask, torch.full_like(mask, entry).triu(1))

@@ -27,7 +27,8 @@ MAX_LENGTH = 2**31 - 1
 LOWEST_ENTRY = math.log(2) * torch.finfo(torch.float32).min
 """An entry of a floating mask below it forbids its pair, as -inf does: times log2(e) it is -inf in
 float32. Masks of Transformers and others hold float32's or bfloat16's lowest number instead of
--inf, of which LSE, and softmax itself, could tell nothing but the entry."""
+-inf, beside which a score is lost in rounding, as is the number of keys in LSE. float16's lowest
+number, -65504, is an entry like any other."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,7 +42,7 @@ class Problem:
         attn_mask: 4-D and broadcastable to (B, Hq, Lq, Lk), never expanded; bool (True takes part)
             or floating (added to the scores; an entry below LOWEST_ENTRY forbids the pair).
         sinks: (Hq,), a logit per head that takes part in the softmax and has no value.
-        key_padding_mask: (B, Lk), bool (True takes part) or floating (added).
+        key_padding_mask: (B, Lk), bool (True takes part) or floating (added, as attn_mask).
         alibi_slopes: (Hq,) or (B, Hq), float32; adds -slope * |row - column| to the scores.
         dropout_p: probability that a weight is dropped, in [0, 1).
         seed: key of the dropout's random numbers, 64 bits; an int or an int64 tensor of one

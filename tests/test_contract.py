@@ -211,6 +211,25 @@ def test_error_beside_pytorchs_own_kernel(
         assert error(ours, truth) <= 2 * error(theirs, truth) < math.inf
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("steepness", [0.02, 0.05])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_scores_that_climb(heads: int, steepness: float, dtype: str, backend: str) -> None:
+    """Every tile of keys has a new maximum, by more or by less than what a kernel may put up with.
+
+    With a single head the keys of its few rows are split among threads.
+    """
+    sizes = (
+        Sizes(1, heads, heads, 33, 301, 20, 13) if heads > 1 else Sizes(1, 1, 1, 12, 1100, 20, 13)
+    )
+    inputs = make_inputs(Case("", lambda s: {"sinks": torch.zeros(heads)}, sizes), DTYPES[dtype])
+    with torch.no_grad():
+        inputs.query.abs_()
+        climb = torch.arange(sizes.key_length)[:, None] * (300 / sizes.key_length)
+        inputs.key.mul_(0.1).add_(1).mul_(steepness * climb)
+    assert_contract(inputs, DTYPES[dtype], backend, average=True)
+
+
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual, expected)
 
@@ -283,21 +302,23 @@ def assert_untouched(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("hide", ["causal", "mask", "padding", "float_mask"])
+@pytest.mark.parametrize("hide", ["causal", "mask", "padding", "float_mask", "float16_mask"])
 def test_garbage_reaches_only_rows_that_see_it(
     bad: float, where: str, hide: str, backend: str
 ) -> None:
     """Forward and backward, with the garbage in key 70 (or row 70): its own tile is an edge."""
     sizes = Sizes(1, 2, 1, 97, 97)
-    inputs = make_inputs(Case("", lambda s: {}, sizes), torch.float32)
+    dtype = torch.float16 if hide == "float16_mask" else torch.float32
+    inputs = make_inputs(Case("", lambda s: {}, sizes), dtype)
     tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
     options: dict[str, object] = {"causal": True}
     if hide != "causal":
         visible = torch.rand(97, 97) < 0.6
         visible[:, 70] = torch.arange(97) % 5 == 0
         options = {"attn_mask": visible}
-        if hide == "float_mask":
-            options = {"attn_mask": torch.zeros(97, 97).masked_fill(~visible, float("-inf"))}
+        if hide in ("float_mask", "float16_mask"):
+            mask = torch.zeros(97, 97, dtype=dtype).masked_fill(~visible, float("-inf"))
+            options = {"attn_mask": mask}
         if hide == "padding":
             options = {"key_padding_mask": (torch.arange(97) != 70)[None]}
     seen = (
@@ -314,7 +335,8 @@ def test_garbage_reaches_only_rows_that_see_it(
     touched_rows = seen[:, 70] if where != "query" else torch.arange(97) == 70
     # A row that sees garbage passes it to every key that it sees, and to no other key.
     touched_keys = seen[touched_rows].any(dim=0)
-    assert_untouched(clean, dirty, touched_rows, touched_keys)
+    tolerances = {"rtol": 0.01, "atol": 0.002} if dtype is torch.float16 else {}
+    assert_untouched(clean, dirty, touched_rows, touched_keys, **tolerances)
     if where == "value" or bad != bad:
         assert not torch.isfinite(dirty["out"][:, :, touched_rows]).any()
 
@@ -440,7 +462,7 @@ def test_rows_without_keys(forbidding: bool | float, backend: str) -> None:
 
 @pytest.mark.parametrize("lowest", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 40])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_lowest_numbers_forbid(dtype: str, rows: int, lowest: torch.dtype, backend: str) -> None:
     """In a mask they do as -inf does, forward and backward, in rows of nothing else too."""
     inputs = make_inputs(Case("", lambda s: {}, Sizes(query_length=rows)), DTYPES[dtype])
@@ -455,8 +477,12 @@ def test_lowest_numbers_forbid(dtype: str, rows: int, lowest: torch.dtype, backe
             inputs.query, inputs.key, inputs.value, attn_mask=mask, key_padding_mask=padding_mask,
             return_lse=True, backend=backend,
         )  # fmt: skip
+        weights = attn_ext.attention_weights(
+            inputs.query, inputs.key, attn_mask=mask, key_padding_mask=padding_mask, backend=backend
+        )
         loss = out.float().square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
-        return [out, lse, *torch.autograd.grad(loss, (*inputs.differentiable, mask))]
+        loss = loss + weights.float().square().sum()
+        return [out, lse, weights, *torch.autograd.grad(loss, (*inputs.differentiable, mask))]
 
     expected = results(-math.inf)
     assert (expected[0][:, :, 1] == 0).all()

@@ -211,6 +211,16 @@ def test_unbatched(kind: str, padded: bool, batch_first: bool) -> None:
     assert_like_stock(stock, ours, tensors, **options)
 
 
+@pytest.mark.parametrize("entry", [INF, torch.finfo(torch.float32).min, -1e4])
+def test_masks_that_say_what_causality_says(entry: float) -> None:
+    forbids = entry < -1e30
+    for shape in ((5, 5), (5, 7), (7, 5), (1, 3)):
+        mask = torch.full((1, 1, *shape), entry).triu(1)
+        assert multihead_forward._is_causal_mask(mask) == forbids
+        assert not multihead_forward._is_causal_mask(mask.triu(2))
+    assert not multihead_forward._is_causal_mask(torch.zeros(1, 1, 5, 0))
+
+
 def test_causal_hint_with_its_mask() -> None:
     stock, ours = pair()
     for mask in (

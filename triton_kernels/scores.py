@@ -156,8 +156,11 @@ def masked(s, entries, UNIT: tl.constexpr):
     if entries.dtype == tl.int1:
         return tl.where(entries, s, -INFINITY)
     else:
-        x = entries.to(tl.float32)
-        return tl.where(x < LOWEST_ENTRY, -INFINITY, s + x * UNIT)
+        x = entries.to(tl.float32) * UNIT
+        if UNIT == 1:
+            return tl.where(x < LOWEST_ENTRY, -INFINITY, s + x)
+        else:
+            return tl.where(x < LOWEST, x, s + x)  # the unit has made -inf of lower entries
 
 
 @triton.jit

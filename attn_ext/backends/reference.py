@@ -113,7 +113,9 @@ def _visible(problem: Problem) -> Tensor:
         visible = visible & (distance >= -left)
     for mask in (problem.attn_mask, _key_mask(problem)):
         if mask is not None:
-            visible = visible & (mask if mask.dtype is torch.bool else ~(mask < LOWEST_ENTRY))
+            if mask.is_floating_point():
+                mask = ~(mask.to(problem.compute_dtype) < LOWEST_ENTRY)  # beyond float16's range
+            visible = visible & mask
     return visible
 
 

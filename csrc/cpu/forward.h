@@ -8,8 +8,8 @@
 //     P = exp2(S - m'),  l = l exp2(m - m') + sum P
 //     O^T = O^T exp2(m - m') + V^T P  rescaled as it is accumulated
 // AMX's products can't rescale on their way, and what vectors have just written makes them wait: m
-// stays as it is there until a score is 2^kMaximumsLag times above it, which few tiles after the
-// first one have.
+// stays as it is there until a score is kMaximumsLag above it (in units of log2: a weight of 256),
+// which few tiles after the first one have.
 // Tiles outside causality and the window are never visited; those that a mask forbids whole are
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
@@ -131,8 +131,9 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
                   const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
   const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
-  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                                     packed.upcoming(rows, key, keys), w.top);
+  const Real factor =
+      compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                     packed.upcoming(rows, key, keys).in_haste(packed.read_once()), w.top);
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
   if (p.dropout_p > 0) {
@@ -310,10 +311,14 @@ void forward(const Problem& given, const ForwardArguments& to, int threads) {
       const bool with_sinks = p.sinks && part == 0;
       const Workspace w =
           workspaces.make(parts > 1 ? static_cast<int>(i) : omp_get_thread_num(), p);
-      const RowBlock next = rows_of(std::min(i + threads, items * parts - 1) / parts);
-      Ahead after{first_keys<T>(p, next, KeyRange(p, next)).in_haste(packed.read_once())};
+      Ahead after;
       after.add(upcoming_rows<T>(to.out, rows, p.value_dim));
-      after.add(upcoming_rows<T>(p.query, next, p.head_dim));
+      if (const int64_t later = i + threads; later < items * parts) {
+        const RowBlock next = rows_of(later / parts);
+        after.operand = first_keys<T>(p, next, KeyRange(p, next).part(later % parts, parts));
+        after.add(upcoming_rows<T>(p.query, next, p.head_dim));
+      }
+      after.operand = after.operand.in_haste(packed.read_once());
       forward_part<T>(p, rows, KeyRange(p, rows).part(part, parts), with_sinks, packed, after, w);
       if (parts == 1) write_output<T>(p, to, rows, w);
     }

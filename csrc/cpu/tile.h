@@ -480,7 +480,7 @@ class PackedColumns {
 
   // What tile() will read.
   Upcoming upcoming(const RowBlock& rows, int64_t key, int64_t keys) const {
-    if (!memory_) return upcoming_keys<T>(view_, rows, key, keys, width_).in_haste(read_once_);
+    if (!memory_) return upcoming_keys<T>(view_, rows, key, keys, width_);
     const int64_t bytes = tile_size() * static_cast<int64_t>(sizeof(Element));
     return {tile(rows, key, keys, nullptr), bytes, bytes, 1};
   }

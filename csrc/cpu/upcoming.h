@@ -68,7 +68,8 @@ struct Ahead {
   }
 
   Upcoming::Share share(int64_t steps) {
-    // Half a line a step, so each line twice, where nothing else waits: the more evenly they come.
+    // Half a line a step, so each line twice, where nothing else waits and there is no haste: the
+    // more evenly they come.
     const bool more = next_ < count_, whole = more || operand.in_haste();
     if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
     return more ? share_of_others(steps) : Upcoming::Share();
@@ -77,8 +78,8 @@ struct Ahead {
   // Lines of an operand in haste and of what was added, at once, where no inner loop has room for
   // them.
   void ask(int64_t lines) {
-    constexpr int64_t kLinesInHaste = 96;
-    for (int64_t left = kLinesInHaste; operand.in_haste() && operand.any() && left > 0;) {
+    constexpr int64_t kMostInHaste = 128;  // a tile's values at a head_dim of 128, in two times
+    for (int64_t left = kMostInHaste; operand.in_haste() && operand.any() && left > 0;) {
       Upcoming::Share share = operand.share(left, Upcoming::kLine);
       for (int64_t i = 0; i < share.steps; ++i) share.ask();
       left -= share.steps;
