@@ -49,6 +49,16 @@ class Upcoming {
     return next;
   }
 
+  // Asks for up to `lines` lines at once; returns how many of these there were no rows for.
+  int64_t ask(int64_t lines) {
+    while (lines > 0 && any()) {
+      Share next = share(lines, kLine);
+      for (int64_t i = 0; i < next.steps; ++i) next.ask();
+      lines -= next.steps;
+    }
+    return lines;
+  }
+
  private:
   const char* first_ = nullptr;
   int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
@@ -79,15 +89,10 @@ struct Ahead {
   // them.
   void ask(int64_t lines) {
     constexpr int64_t kMostInHaste = 128;  // a tile's values at a head_dim of 128, in two times
-    for (int64_t left = kMostInHaste; operand.in_haste() && operand.any() && left > 0;) {
-      Upcoming::Share share = operand.share(left, Upcoming::kLine);
-      for (int64_t i = 0; i < share.steps; ++i) share.ask();
-      left -= share.steps;
-    }
+    if (operand.in_haste()) operand.ask(kMostInHaste);
     while (lines > 0 && next_ < count_) {
-      Upcoming::Share share = share_of_others(lines);
-      for (int64_t i = 0; i < share.steps; ++i) share.ask();
-      lines -= share.steps;
+      lines = others_[next_].ask(lines);
+      if (!others_[next_].any()) ++next_;
     }
   }
 
