@@ -25,6 +25,7 @@ try:
     import triton.experimental.gluon  # noqa: F401 - a launch imports it, when it is too late
     import triton.language as tl
     from triton.language import core
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     import attn_ext.triton_kernels.launch  # noqa: F401
@@ -133,10 +134,16 @@ def _call(function: interpreter.InterpretedFunction, *args: object, **kwargs: ob
     return function.rewrite()(*args, **kwargs)
 
 
-# The interpreter's time goes into types and shapes, of which there are few and always the same.
+# The interpreter's time goes into types and shapes, of which there are few and always the same. What
+# Triton makes of them is found once; where nothing has to be cast or broadcast, it is not asked.
 _initialize_block = core.block_type.__init__
 _initialize_tensor = core.tensor.__init__
 _numpy_dtype_of = interpreter._get_np_dtype
+_same_dtype = core.dtype.__eq__
+_unwrap = core._unwrap_if_constexpr
+_broadcast_of = TritonSemantic.broadcast_impl_value
+_operands_of = TritonSemantic.binary_op_type_checking_impl
+_computation_type_of = TritonSemantic.computation_type_impl
 
 
 def _block_type(self: core.block_type, element_ty: core.dtype, shape: Iterable[object]) -> None:
@@ -147,7 +154,7 @@ def _block_type(self: core.block_type, element_ty: core.dtype, shape: Iterable[o
         # Found once, for every type of these sizes.
         core.tensor(None, self)
         interpreter._get_np_dtype(self)
-        known[sizes] = dict(vars(self))
+        known[sizes] = {**vars(self), "_sizes": sizes, "_constants": {}}
     vars(self).update(known[sizes])
 
 
@@ -166,9 +173,109 @@ def _numpy_dtype(type: core.dtype) -> np.dtype:
     return known["_numpy"]
 
 
+def _equal_dtypes(self: core.dtype, other: object) -> bool:
+    return self is other or _same_dtype(self, other)
+
+
+_CONTAINERS = (list, tuple, core.tuple, core.constexpr)
+
+
+def _unwrapped(x: object) -> object:
+    return _unwrap(x) if isinstance(x, _CONTAINERS) else x
+
+
+def _type_of(element_ty: core.dtype, sizes: tuple[int, ...]) -> core.block_type:
+    known = vars(element_ty).setdefault("_types", {})
+    if sizes not in known:
+        known[sizes] = core.block_type(element_ty, list(sizes))
+    return known[sizes]
+
+
+def _broadcast(
+    self: TritonSemantic, left: core.tensor, right: core.tensor
+) -> tuple[core.tensor, core.tensor]:
+    # Of scalars: None.
+    left_sizes, right_sizes = (vars(x.type).get("_sizes") for x in (left, right))
+    if left_sizes == right_sizes:
+        return left, right
+    if left_sizes is None:
+        return _splat(self, left, right_sizes), right
+    if right_sizes is None:
+        return left, _splat(self, right, left_sizes)
+    return _broadcast_of(self, left, right)
+
+
+def _splat(self: TritonSemantic, scalar: core.tensor, sizes: tuple[int, ...]) -> core.tensor:
+    kind = _type_of(scalar.dtype, sizes)
+    return core.tensor(self.builder.create_splat(kind, scalar.handle), kind)
+
+
+def _constant_beside(
+    self: TritonSemantic, tensor: core.tensor, number: float, *rules: bool
+) -> core.tensor | None:
+    """What a number becomes in an operation with a tensor; None if it is the tensor that is cast."""
+    known = vars(tensor.type).setdefault("_constants", {})
+    key = (repr(number), *rules)
+    if key not in known:
+        same, constant = _operands_of(self, tensor, number, False, False, *rules)
+        constant.handle.data.flags.writeable = False
+        known[key] = constant if same is tensor else None
+    return known[key]
+
+
+def _operands(
+    self: TritonSemantic,
+    left: core.tensor | float,
+    right: core.tensor | float,
+    allow_lhs_ptr: bool = False,
+    allow_rhs_ptr: bool = False,
+    arithmetic_check: bool = True,
+    div_or_mod: bool = False,
+) -> tuple[core.tensor, core.tensor]:
+    rules = (arithmetic_check, div_or_mod)
+    left_is_tensor, right_is_tensor = (isinstance(x, core.tensor) for x in (left, right))
+    if left_is_tensor and right_is_tensor:
+        if not div_or_mod and left.dtype is right.dtype and not left.dtype.is_ptr():
+            return _broadcast(self, left, right)
+    elif left_is_tensor and not left.dtype.is_ptr():
+        constant = _constant_beside(self, left, right, *rules)
+        if constant is not None:
+            return left, constant
+    elif right_is_tensor and not right.dtype.is_ptr():
+        constant = _constant_beside(self, right, left, *rules)
+        if constant is not None:
+            return constant, right
+    return _operands_of(self, left, right, allow_lhs_ptr, allow_rhs_ptr, *rules)
+
+
+@functools.cache
+def _computation_type(self: TritonSemantic, *types: object) -> core.dtype:
+    return _computation_type_of(self, *types)
+
+
+def _patch_attribute(
+    target: object,
+    name: str,
+    member: Callable[..., object],
+    builder: object,
+    scope: interpreter._LangPatchScope,
+) -> None:
+    def call(*args: object, **kwargs: object) -> object:
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return member(*args, **kwargs)
+
+    scope.set_attr(target, name, call)
+
+
 core.block_type.__init__ = _block_type
 core.tensor.__init__ = _tensor
+core.dtype.__eq__ = _equal_dtypes
+core._unwrap_if_constexpr = _unwrapped
+TritonSemantic.broadcast_impl_value = _broadcast
+TritonSemantic.binary_op_type_checking_impl = _operands
+TritonSemantic.computation_type_impl = _computation_type
 interpreter._get_np_dtype = _numpy_dtype
+interpreter._patch_attr = _patch_attribute
 interpreter.interpreter_builder.__class__ = _Builder
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False

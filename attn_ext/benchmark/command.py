@@ -132,10 +132,10 @@ def _draw(found: Run, options: argparse.Namespace) -> None:
         return
     from attn_ext.benchmark import page, plots  # matplotlib takes a second
 
+    drawn = plots.plots(found)
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(page.page(found, options.kernels))
-    drawn: dict[str, str] = plots.plots(found) if options.svg else {}
+        options.report.write_text(page.page(found, options.kernels, drawn))
     for name, path in options.svg:
         if name not in drawn:
             raise SystemExit(f"--svg must name one of {', '.join(drawn)}, got {name!r}")

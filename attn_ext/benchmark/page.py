@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attn_ext.benchmark.cases import KINDS
@@ -88,15 +88,21 @@ MOST_ROWS_SHOWN = 40
 """Of a table of compiled kernels; a longer one opens when it is clicked."""
 
 
-def page(run: Run, kernel_reports: Sequence[pathlib.Path] = ()) -> str:
+def page(
+    run: Run,
+    kernel_reports: Sequence[pathlib.Path] = (),
+    drawn: Mapping[str, str] | None = None,
+) -> str:
     """The whole report.
 
     Args:
         run: what was measured.
         kernel_reports: JSON files that say what a compiler made of GPU kernels; each has one or
             more lists of rows, which become tables.
+        drawn: the run's plots, where they are drawn already; see `plots`.
     """
-    drawn = plots(run)
+    if drawn is None:
+        drawn = plots(run)
     sections = [
         _section(name, CAPTIONS[name][0], _figure(svg, *CAPTIONS[name]))
         for name, svg in drawn.items()

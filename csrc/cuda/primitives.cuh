@@ -452,19 +452,33 @@ template <typename Element, typename Value>
 inline void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                Value value) {
   constexpr int kPerWord = kIsHalf<Element> ? 2 : 1, kDepth = 8 * kPerWord;
+  using Pair = double __attribute__((vector_size(16)));  // of neighbouring columns
   const Fragments mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   const Sums sums = emulator::warp<Sums>(mine, [value](const Fragments(&in)[32], Sums(&out)[32]) {
-    for (int lane = 0; lane < 32; ++lane) {
+    Pair right[kDepth][4];
+    for (int k = 0; k < kDepth; ++k) {
+      const int t = k / kPerWord % 4, chunk = k / (4 * kPerWord), part = k % kPerWord;
       for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = in[lane].c[i];
-        for (int k = 0; k < kDepth; ++k) {
-          const int t = k / kPerWord % 4, chunk = k / (4 * kPerWord), part = k % kPerWord;
-          const uint32_t left = in[row % 8 * 4 + t].a[2 * chunk + row / 8];
-          const uint32_t right = in[column * 4 + t].b[chunk];
-          sum += static_cast<double>(value(left, part)) * value(right, part);
-        }
-        out[lane].c[i] = static_cast<float>(sum);
+        const Fragments* const lanes = in + 8 * i + t;  // of columns 2i and 2i + 1
+        right[k][i] = Pair{value(lanes[0].b[chunk], part), value(lanes[4].b[chunk], part)};
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      const int first_lane = row % 8 * 4, half = row / 8;
+      Pair sum[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* from = in[first_lane + i].c + 2 * half;
+        sum[i] = Pair{from[0], from[1]};
+      }
+      for (int k = 0; k < kDepth; ++k) {
+        const int t = k / kPerWord % 4, chunk = k / (4 * kPerWord), part = k % kPerWord;
+        const double left = value(in[first_lane + t].a[2 * chunk + half], part);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum[i] += left * right[k][i];
+      }
+      for (int i = 0; i < 4; ++i) {
+        float* to = out[first_lane + i].c + 2 * half;
+        to[0] = static_cast<float>(sum[i][0]), to[1] = static_cast<float>(sum[i][1]);
       }
     }
   });

@@ -51,8 +51,13 @@ document.getElementById("seen").textContent = JSON.stringify(seen);
 
 
 @pytest.fixture(scope="module")
-def report() -> str:
-    return page.page(example_run())
+def drawn() -> dict[str, str]:
+    return plots.plots(example_run())
+
+
+@pytest.fixture(scope="module")
+def report(drawn: dict[str, str]) -> str:
+    return page.page(example_run(), drawn=drawn)
 
 
 def browse(path: pathlib.Path, *options: str) -> str:
@@ -115,7 +120,9 @@ def test_the_same_run_gives_the_same_page(report: str) -> None:
     assert page.page(example_run()) == report
 
 
-def test_kernel_reports_become_tables(tmp_path: pathlib.Path) -> None:
+def test_kernel_reports_become_tables(
+    drawn: dict[str, str], report: str, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "cuda_report.json"
     kernels = [
         {
@@ -126,7 +133,7 @@ def test_kernel_reports_become_tables(tmp_path: pathlib.Path) -> None:
         {"kernel": "backward", "registers": 255, "met": True},
     ]
     path.write_text(json.dumps({"nvcc": "13.0", "kernels": kernels, "empty": []}))
-    text = page.page(example_run(), [path])
+    text = page.page(example_run(), [path], drawn)
     section = text[text.index('<section id="kernels">') :]
     for part in (
         "cuda report",
@@ -138,27 +145,30 @@ def test_kernel_reports_become_tables(tmp_path: pathlib.Path) -> None:
     ):
         assert part in section
     assert "Left out: no report of compiled kernels" not in text
-    assert "Left out: no report of compiled kernels" in page.page(example_run())
+    assert "Left out: no report of compiled kernels" in report
 
 
 def test_the_command_draws_from_json(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    drawn: dict[str, str],
+    report: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source, report, svg = (tmp_path / name for name in ("run.json", "page.html", "plot.svg"))
+    source, written, svg = (tmp_path / name for name in ("run.json", "page.html", "plot.svg"))
     example_run().write(source)
     arguments = [
         "bench",
         "--from",
         str(source),
         "--report",
-        str(report),
+        str(written),
         "--svg",
         "gflops",
         str(svg),
     ]
     assert cli.main(arguments) == 0
-    assert report.read_text() == page.page(example_run())
-    assert svg.read_text() == plots.standalone(plots.plots(example_run())["gflops"])
+    assert written.read_text() == report
+    assert svg.read_text() == plots.standalone(drawn["gflops"])
     text = capsys.readouterr().out
     assert "time and memory grow with these powers" in text
     assert "flash-attn: it is not installed" in text

@@ -203,7 +203,7 @@ def test_products(programs: Programs, order: str) -> None:
         ("tile.cuh", "c[2 * step + i / 2] + i % 2 * 2", "c[2 * step + i % 2] + i / 2 * 2", "wrong"),
         ("tile.cuh", "c[step][i % 2 * 2 + i / 2]", "c[step][i]", "wrong"),
         # Where mma has the elements of C, and ldmatrix the halves of a transposed matrix.
-        ("primitives.cuh", "column = lane % 4 * 2 + i % 2", "column = lane % 4 + i % 2 * 4", "wrong"),
+        ("primitives.cuh", "out[first_lane + i].c", "out[first_lane + 3 - i].c", "wrong"),
         ("primitives.cuh", "column = kTransposed ? g", "column = kTransposed ? 7 - g", "wrong"),
     ],
 )  # fmt: skip
