@@ -49,6 +49,10 @@ void load_tile(const Item* from, int64_t stride) {
   auto& tile = emulated_tiles.tile(kTile);
   for (int m = 0; m < kTileSide; ++m) std::memcpy(tile[m], from + m * stride, sizeof(tile[m]));
 }
+template <int kTile, typename Item>
+void load_passing_tile(const Item* from, int64_t stride) {
+  load_tile<kTile>(from, stride);
+}
 template <int kTile>
 void store_tile(float* to, int64_t stride) {
   const auto& tile = emulated_tiles.tile(kTile);
@@ -120,6 +124,13 @@ template <int kTile, typename Item>
 inline void load_tile(const Item* from, int64_t stride) {
   static_assert(sizeof(Item) == 4, "a tile has 16 elements of 4 bytes a row");
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride * 4), "i"(kTile) : "memory");
+}
+// The same of what is not read again soon: it stays out of the first cache.
+template <int kTile, typename Item>
+inline void load_passing_tile(const Item* from, int64_t stride) {
+  static_assert(sizeof(Item) == 4, "a tile has 16 elements of 4 bytes a row");
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride * 4), "i"(kTile)
+               : "memory");
 }
 template <int kTile>
 inline void store_tile(float* to, int64_t stride) {

@@ -123,6 +123,10 @@ void accumulate_carefully(const Problem& p, const RowBlock& rows, int64_t key, i
   }
 }
 
+// Whether keys and values, each of which a block reads once, would drive out of the first cache
+// what it comes back to in every tile: queries, scores and output.
+inline bool keys_pass(const Problem& p) { return p.head_dim + p.value_dim > 128; }
+
 // One tile: scores, softmax, product with the values. There is no output yet if it is the `first`
 // one, and without care none is read.
 template <typename T, typename Real, typename Element>
@@ -131,9 +135,9 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
                   const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
   const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
-  const Real factor =
-      compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                     packed.upcoming(rows, key, keys).in_haste(packed.read_once()), w.top);
+  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                                     packed.upcoming(rows, key, keys).in_haste(packed.read_once()),
+                                     w.top, static_cast<Real*>(nullptr), keys_pass(p));
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
   if (p.dropout_p > 0) {
@@ -143,8 +147,8 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     update_softmax<false>(w, rows, whole, factor);
   }
 
-  const Into<Real> output{w.output, kRows<Real>, false, first && !careful ? nullptr : w.scale,
-                          nullptr,  &ahead};
+  const Into<Real> output{w.output, kRows<Real>, false,       first && !careful ? nullptr : w.scale,
+                          nullptr,  &ahead,      keys_pass(p)};
   if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
     // A product over nothing, which rescales the output.

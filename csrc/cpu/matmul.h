@@ -20,7 +20,8 @@ constexpr bool kProductsFindMaxima = true;
 
 // Where a product goes: C = A B, C += A B, or C = C scale + A B with one factor a column of C. If
 // `top` is given it becomes the maximum of itself and each column of C. If `ahead` is given it is
-// asked for meanwhile.
+// asked for meanwhile. `a_passes`: A is read once, and what else is in the first cache is worth
+// more (AMX's products alone heed it).
 template <typename Real>
 struct Into {
   Real* c;
@@ -29,10 +30,11 @@ struct Into {
   const Real* scale = nullptr;
   Real* top = nullptr;
   Ahead* ahead = nullptr;
+  bool a_passes = false;
 
   Into at(int64_t row, int64_t column) const {
     return {c + row * stride + column,    stride, accumulate, scale ? scale + column : nullptr,
-            top ? top + column : nullptr, ahead};
+            top ? top + column : nullptr, ahead,  a_passes};
   }
 };
 

@@ -54,11 +54,22 @@ class SumsToStore {
 struct TileOperands {
   const BFloat16Pair *a, *b;
   int64_t lda, ldb, depth;
+  bool a_passes = false;  // see Into
 
   TileOperands at(int64_t row, int64_t column) const {
-    return depth == 0 ? *this : TileOperands{a + row * lda, b + column, lda, ldb, depth};
+    return depth == 0 ? *this : TileOperands{a + row * lda, b + column, lda, ldb, depth, a_passes};
   }
 };
+
+template <int kTile>
+inline __attribute__((always_inline)) void load_left(const BFloat16Pair* a, int64_t stride,
+                                                     bool passes) {
+  if (passes) {
+    load_passing_tile<kTile>(a, stride);
+  } else {
+    load_tile<kTile>(a, stride);
+  }
+}
 
 // C (tall x wide tiles) = A B or C += A B, over `most` and then `rest`. The sums are in registers 0
 // to 3, A's tiles in 4 and 5, B's in 6 and 7. Sums of two by two tiles are left to `unstored`.
@@ -76,7 +87,9 @@ void multiply_tiles(const TileOperands& most, const TileOperands& rest, float* c
         unstored.template store<sum>();
         begin_sum<sum>(place(sum), stride, accumulate);
       }
-      if (kColumn == 0) load_tile<4 + kRow>(from.a + kRow * kTileSide * from.lda + k, from.lda);
+      if (kColumn == 0) {
+        load_left<4 + kRow>(from.a + kRow * kTileSide * from.lda + k, from.lda, from.a_passes);
+      }
       if (kRow == 0) load_tile<6 + kColumn>(from.b + k * from.ldb + kColumn * kTileSide, from.ldb);
       multiply_add_tiles<sum, 4 + kRow, 6 + kColumn>();
     });
@@ -104,12 +117,12 @@ inline void multiply_by_four(int64_t rows, const BFloat16Pair* a, int64_t lda,
   for (int64_t row = 0; row < rows; row += kTileSide) {
     float* sums = to.c + row * to.stride;
     begin_sum<0>(sums, to.stride, to.accumulate);
-    load_tile<3>(a + row * lda, lda);
+    load_left<3>(a + row * lda, lda, to.a_passes);
     multiply_add_tiles<0, 3, 4>();
     if (row > 0) store_tile<1>(sums - kTileSide * to.stride + kTileSide, to.stride);
     begin_sum<1>(sums + kTileSide, to.stride, to.accumulate);
     multiply_add_tiles<1, 3, 5>();
-    load_tile<3>(a + row * lda + kTileSide, lda);
+    load_left<3>(a + row * lda + kTileSide, lda, to.a_passes);
     multiply_add_tiles<0, 3, 6>();
     multiply_add_tiles<1, 3, 7>();
     store_tile<0>(sums, to.stride);
@@ -166,7 +179,8 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   constexpr int64_t kColumns = kBlockVectors * kTileSide, kMostDepth = kKeys / 2;
   if (to.scale) scale_columns(rows, vectors, to);
-  Into<float> sum{to.c, to.stride, to.accumulate || to.scale, nullptr, nullptr, to.ahead};
+  Into<float> sum{to.c,     to.stride,  to.accumulate || to.scale, nullptr, nullptr,
+                  to.ahead, to.a_passes};
   if (depth == 0) {
     for (int64_t row = 0; row < rows && !sum.accumulate; ++row) {
       std::fill_n(to.c + row * to.stride, vectors * kTileSide, 0.0f);
@@ -175,7 +189,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
   }
   const int64_t tile_depth = depth / kTileSide * kTileSide, more = depth - tile_depth;
   const int64_t tile_rows = rows / kTileSide * kTileSide, more_rows = rows - tile_rows;
-  const TileOperands most{a, b, lda, ldb, tile_depth};
+  const TileOperands most{a, b, lda, ldb, tile_depth, to.a_passes};
   if (more > 0) {
     alignas(kVectorBytes) BFloat16Pair a_rest[kKeys * kTileSide], b_rest[kTileSide * kColumns];
     const int64_t columns = vectors * kTileSide;
