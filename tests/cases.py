@@ -75,6 +75,7 @@ def _heads_take_turns(s: Sizes) -> Options:
 
 GROUPED = Sizes(query_heads=6, key_heads=2)
 DECODE = Sizes(query_heads=6, key_heads=2, query_length=1, key_length=701)
+MANY_ROWS = Sizes(1, 4, 2, 130, 150, 40, 56)
 SQUARE = Sizes(query_length=97, key_length=97)
 TALL = Sizes(query_length=83, key_length=61)
 
@@ -168,6 +169,9 @@ CASES = [
     # Few rows of grouped heads, which share blocks on CPUs: masks by row and by head, several blocks, one row a head.
     Case("heads_take_turns", _heads_take_turns, Sizes(query_heads=10, key_heads=2, query_length=5)),
     Case("heads_take_turns_causal", lambda s: {"causal": "lower_right", "attn_mask": _bool_mask(s.query_length, s.key_length)}, Sizes(query_heads=8, key_heads=2, query_length=29, key_length=150)),
+    # So many that AMX multiplies float16 in planes.
+    Case("many_rows", lambda s: {}, MANY_ROWS),
+    Case("many_rows_everything", _everything, MANY_ROWS),
     Case("heads_take_turns_in_parts", lambda s: {"causal": "lower_right", "sinks": torch.randn(s.query_heads, dtype=torch.float64)}, Sizes(1, 9, 1, 2, 1100, 64, 64)),
     Case("many_heads_decode", lambda s: {"attn_mask": _bool_mask(s.query_heads, 1, s.key_length), "key_padding_mask": _bool_mask(s.batch, s.key_length)}, Sizes(query_heads=24, key_heads=2, query_length=1, key_length=301, head_dim=64, value_dim=72)),
     # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.

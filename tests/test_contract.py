@@ -95,6 +95,8 @@ def test_case_in_float32(case: Case, backend: str) -> None:
             "rests_of_tiles",
             "narrow_and_short",
             "dropout_of_whole_tiles",
+            "many_rows",
+            "many_rows_everything",
         }
     ],
     ids=lambda case: case.name,

@@ -16,6 +16,9 @@
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
 // Tested against backends/reference.py in tests/test_contract.py.
 
+template <typename Real>
+constexpr int64_t kWeightsPlane = kKeys / 2 * kRows<Real>;  // elements, where weights have planes
+
 template <typename Real, typename Element>
 struct ForwardWorkspace {
   Element *queries, *keys, *values, *weights;
@@ -24,12 +27,16 @@ struct ForwardWorkspace {
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
     const int64_t tile = kKeys * kRows<Real>;
-    queries = arena.take<Element>(p.head_dim * kRows<Real>);
+    constexpr int64_t kCount = kInPlanes<Element> ? 2 : 1;
+    const auto whole = [](int64_t width) { return kCount > 1 ? padded<Real>(width) : width; };
+    queries = arena.take<Element>(
+        kCount * whole(kCount > 1 ? score_depth<Element>(p) : p.head_dim) * kRows<Real>);
     keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
     values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
     scores = arena.take<Real>(tile);
-    weights = reinterpret_cast<Element*>(scores);
-    output = arena.take<Real>(p.value_dim * kRows<Real>);
+    weights = kCount > 1 ? arena.take<Element>(kCount * kWeightsPlane<Real>)
+                         : reinterpret_cast<Element*>(scores);
+    output = arena.take<Real>(whole(p.value_dim) * kRows<Real>);
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
     max = arena.take<Real>(kRows<Real>);
     sum = arena.take<Real>(kRows<Real>);
@@ -72,6 +79,11 @@ inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real 
   };
   if constexpr (kDepth<Element> == 1) {
     for (int64_t j = 0; j < keys; ++j) store<Real>(weights + j * kStride, weight_of_key(j));
+  } else if constexpr (kInPlanes<Element>) {
+    for (int64_t j = 0; j < keys; j += 2) {
+      const Vec<Real> low = weight_of_key(j);
+      store_planes(weights + j / 2 * kStride, kWeightsPlane<Real>, low, weight_of_key(j + 1));
+    }
   } else {
     for (int64_t j = 0; j < keys; j += 2) {
       const Vec<Real> low = weight_of_key(j);
@@ -131,13 +143,18 @@ inline bool keys_pass(const Problem& p) { return p.head_dim + p.value_dim > 128;
 // one, and without care none is read.
 template <typename T, typename Real, typename Element>
 void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key, int64_t keys,
-                  bool first, bool careful, const PackedColumns<T, Element>& packed, Ahead& ahead,
-                  const ForwardWorkspace<Real, Element>& w) {
+                  bool first, bool careful, const typename PackedFor<T, Element>::Type& packed,
+                  Ahead& ahead, const ForwardWorkspace<Real, Element>& w) {
   int64_t stride;
-  const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
-  const Real factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                                     packed.upcoming(rows, key, keys).in_haste(packed.read_once()),
-                                     w.top, static_cast<Real*>(nullptr), keys_pass(p));
+  Real factor;
+  if constexpr (kInPlanes<Element>) {
+    factor = scores_of_planes(p, rows, kind, key, keys, packed, w);
+  } else {
+    const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
+    factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                            packed.upcoming(rows, key, keys).in_haste(packed.read_once()), w.top,
+                            static_cast<Real*>(nullptr), keys_pass(p));
+  }
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
   if (p.dropout_p > 0) {
@@ -149,7 +166,9 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
 
   const Into<Real> output{w.output, kRows<Real>, false,       first && !careful ? nullptr : w.scale,
                           nullptr,  &ahead,      keys_pass(p)};
-  if (careful) {
+  if constexpr (kInPlanes<Element>) {
+    add_output_of_planes(p, rows, key, whole, packed, w, output);
+  } else if (careful) {
     constexpr bool kInPlace = kDepth<Element> == 1;
     // A product over nothing, which rescales the output.
     multiply<kInPlace>(p.value_dim, rows.vectors, 0, w.weights, 0, w.weights, 0, output);
@@ -173,7 +192,7 @@ void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
 // written after them. Returns whether any of them has hidden pairs.
 template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
-                  const PackedColumns<T, Element>& packed, const Ahead& after,
+                  const typename PackedFor<T, Element>::Type& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
   AheadOfTiles<T> ahead(p, rows, range, after);
   bool any_edge = false, first = true;
@@ -193,9 +212,13 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
 // The part of a block's softmax and output that comes from keys [range.first, range.end).
 template <typename T, typename Real, typename Element>
 void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range, bool with_sinks,
-                  const PackedColumns<T, Element>& packed, const Ahead& after,
+                  const typename PackedFor<T, Element>::Type& packed, const Ahead& after,
                   const ForwardWorkspace<Real, Element>& w) {
-  pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
+  if constexpr (kInPlanes<Element>) {
+    pack_query_planes(p, rows, w.queries);
+  } else {
+    pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries);
+  }
   // Hidden pairs have a weight of 0. Should that have met a value that is not finite, the output
   // says so, and the block is done again with care.
   for (bool careful : {false, true}) {
@@ -206,6 +229,7 @@ void forward_part(const Problem& p, const RowBlock& rows, const KeyRange& range,
       w.sum[i] = w.max[i] == -kInfinity<Real> ? Real(0) : Real(1);
     }
     const bool any_edge = tile_by_tile<T>(p, rows, range, careful, packed, after, w);
+    if (kInPlanes<Element>) return;  // of finite numbers alone
     if (!any_edge || all_finite<Real>(w.output, kRows<Real>, p.value_dim, rows.count)) return;
   }
 }
@@ -286,6 +310,15 @@ Problem with_shared_blocks(const Problem& p, int threads) {
   return fewer && busy ? shared : p;
 }
 
+template <typename T, typename Element>
+typename PackedFor<T, Element>::Type pack_for_forward(const Problem& p, int64_t blocks) {
+  if constexpr (kInPlanes<Element>) {
+    return typename PackedFor<T, Element>::Type(p);
+  } else {
+    return PackedColumns<T, Element>(p, p.value, p.value_dim, blocks);
+  }
+}
+
 template <typename T, typename Real, typename Element>
 void forward(const Problem& given, const ForwardArguments& to, int threads) {
   const Problem p = with_shared_blocks<Real>(given, threads);
@@ -301,7 +334,7 @@ void forward(const Problem& given, const ForwardArguments& to, int threads) {
     return RowBlock::make<Real>(p, head / p.query_heads, head % p.query_heads, block, sharing);
   };
   threads = static_cast<int>(std::clamp<int64_t>(items * parts, 1, threads));
-  const PackedColumns<T, Element> packed(p, p.value, p.value_dim, blocks);
+  const auto packed = pack_for_forward<T, Element>(p, blocks);
   using Workspace = ForwardWorkspace<Real, Element>;
   const PerThread<Workspace> workspaces(parts > 1 ? static_cast<int>(items * parts) : threads, p);
 #pragma omp parallel num_threads(threads)

@@ -24,6 +24,10 @@ namespace {
 //
 #include "scores.h"
 //
+#ifdef ATTN_EXT_AMX_PRODUCTS
+#include "planes.h"
+#endif
+//
 #include "forward.h"
 //
 #include "decode_products.h"
@@ -70,6 +74,11 @@ void with_types(const Problem& p, FewRows few_rows, General general) {
 }
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
+#ifdef ATTN_EXT_AMX_PRODUCTS
+  if (suits_planes(p) && all_finite_halves(p, threads)) {
+    return forward<Float16, float, PlanePair>(p, to, threads);
+  }
+#endif
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
   if (left_to_avx512(p)) return kAvx512Kernels.forward(p, to, threads);
 #endif

@@ -300,24 +300,36 @@ Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64
 }
 
 // Scores of one tile, as finish_scores leaves them, and hidden ones up to whole_keys; `top`: each
-// row's largest score, if wanted; `operand`: what is multiplied after this; `keys_pass`: see
+// row's largest score, if wanted; `multiply_into`: makes the products, of whole_keys.
+template <typename Real, typename Multiply>
+Real scores_of_products(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
+                        int64_t keys, Real* s, const Upcoming& operand, Real* top, Real* slope,
+                        Multiply multiply_into) {
+  if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
+  Ahead ahead{operand};
+  ahead.add(next_entries<Real>(p, rows, key + keys, keys));
+  const int64_t whole = whole_keys(keys);
+  Real* top_of_products = kProductsFindMaxima ? top : nullptr;
+  multiply_into(whole, Into<Real>{s, kRows<Real>, false, nullptr, top_of_products, &ahead});
+  const Real factor = finish_scores(p, rows, kind, key, keys, s, top_of_products, slope);
+  if (top != top_of_products) find_maxima(rows, keys, s, top);
+  std::fill(s + keys * kRows<Real>, s + whole * kRows<Real>, -kInfinity<Real>);
+  return factor;
+}
+
+// The same, of a tile's keys k; `operand`: what is multiplied after this; `keys_pass`: see
 // forward.h.
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
                     Real* s, const Upcoming& operand = {}, Real* top = nullptr,
                     Real* slope = nullptr, bool keys_pass = false) {
-  if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
-  Ahead ahead{operand};
-  ahead.add(next_entries<Real>(p, rows, key + keys, keys));
-  const int64_t whole = whole_keys(keys);
-  Real* top_of_products = kProductsFindMaxima ? top : nullptr;
-  multiply<false>(whole, rows.vectors, score_depth<Element>(p), k, k_stride, queries, kRows<Real>,
-                  Into<Real>{s, kRows<Real>, false, nullptr, top_of_products, &ahead, keys_pass});
-  const Real factor = finish_scores(p, rows, kind, key, keys, s, top_of_products, slope);
-  if (top != top_of_products) find_maxima(rows, keys, s, top);
-  std::fill(s + keys * kRows<Real>, s + whole * kRows<Real>, -kInfinity<Real>);
-  return factor;
+  return scores_of_products(p, rows, kind, key, keys, s, operand, top, slope,
+                            [&](int64_t whole, Into<Real> into) {
+                              into.a_passes = keys_pass;
+                              multiply<false>(whole, rows.vectors, score_depth<Element>(p), k,
+                                              k_stride, queries, kRows<Real>, into);
+                            });
 }
 
 // The random bytes of a block's rows for eight of 32 columns, and what they must reach; philox.h

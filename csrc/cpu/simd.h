@@ -536,6 +536,15 @@ constexpr int kDepth = 1;  // values along the summed dimension that one element
 template <>
 constexpr int kDepth<BFloat16Pair> = 2;
 
+// Of numbers that are sums of two bfloat16, a pair of either summand: see planes.h.
+struct PlanePair {
+  uint32_t bits;
+};
+template <>
+constexpr int kDepth<PlanePair> = 2;
+template <typename Element>
+constexpr bool kInPlanes = std::is_same_v<Element, PlanePair>;
+
 template <typename Element>
 struct PackedOf {
   using Real = Element;
@@ -546,6 +555,8 @@ struct PackedOf<BFloat16Pair> {
   using Real = float;
   using Type = Words;
 };
+template <>
+struct PackedOf<PlanePair> : PackedOf<BFloat16Pair> {};
 
 // 2^x as accurate as operands of bfloat16 products need it; also which results are not 0.
 template <typename Element>
@@ -570,19 +581,19 @@ constexpr Exp2Steps kExp2Steps;
 // From a table, with a relative error below 2e-7: four of twelve instructions multiply. While AMX
 // multiplies tiles only one of two units works on vectors (measured on Emerald Rapids), and this
 // leaves six instructions to it.
-template <>
-struct RoughExp2<BFloat16Pair> {
+struct RoughExp2OfPairs {
   Vec<float> power;
   __mmask16 normal;
 
-  explicit RoughExp2(Vec<float> x) {
+  // 0 for numbers below `least`.
+  RoughExp2OfPairs(Vec<float> x, float least) {
     const __m512 wide = (__m512)x;
     const Vec<float> shifted = x + 393216.0f;  // 1.5 * 2^18: low bits are 32 x, rounded
     const Vec<float> rest = (Vec<float>)_mm512_reduce_ps(wide, 5 << 4);  // x without them
     const __m512i step =
         _mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps.bits), (__m512i)shifted,
                                   _mm512_load_si512(kExp2Steps.bits + 16));
-    normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    normal = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(least), _CMP_NLT_UQ);
     const Vec<float> whole =
         (Vec<float>)_mm512_maskz_add_epi32(normal, step, _mm512_slli_epi32((__m512i)shifted, 18));
     power = whole * rest * (rest * 0.24022651f + 0.69315734f) + whole;
@@ -591,6 +602,15 @@ struct RoughExp2<BFloat16Pair> {
   Vec<float> times(Vec<float> y) const {
     return (Vec<float>)_mm512_maskz_mul_ps(normal, (__m512)power, (__m512)y);
   }
+};
+template <>
+struct RoughExp2<BFloat16Pair> : RoughExp2OfPairs {
+  explicit RoughExp2(Vec<float> x) : RoughExp2OfPairs(x, -126) {}
+};
+// What a weight's first plane leaves is then a normal number, or 0.
+template <>
+struct RoughExp2<PlanePair> : RoughExp2OfPairs {
+  explicit RoughExp2(Vec<float> x) : RoughExp2OfPairs(x, -100) {}
 };
 #endif
 
@@ -667,13 +687,23 @@ inline Words pairs_of_two(Words first, Words second) {
       reinterpret_cast<Shorts>(first), reinterpret_cast<Shorts>(second),
       std::make_integer_sequence<int, kCount>{}));
 }
+#ifdef ATTN_EXT_AMX_PRODUCTS
+inline Vec<float> without_low_half(Vec<float> x) {
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(x) & 0xFFFF0000u);
+}
+// The pairs of what without_low_half leaves.
+inline Words pairs_of_high_halves(Vec<float> first, Vec<float> second) {
+  const __m512i high_halves = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
+  return (Words)_mm512_mask_shuffle_epi8((__m512i)second, 0x3333333333333333u, (__m512i)first,
+                                         high_halves);
+}
+#endif
 inline Words pairs_of_weights(Vec<float> first, Vec<float> second) {
 #ifdef ATTN_EXT_AMX_PRODUCTS
   // Ties away from 0: a third of the instructions, none of them where vectors are multiplied.
-  const __m512i high_halves = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
-  const __m512i low = (__m512i)(reinterpret_cast<Words>(first) + 0x8000);
-  const __m512i high = (__m512i)(reinterpret_cast<Words>(second) + 0x8000);
-  return (Words)_mm512_mask_shuffle_epi8(high, 0x3333333333333333u, low, high_halves);
+  return pairs_of_high_halves(
+      reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(first) + 0x8000),
+      reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(second) + 0x8000));
 #else
   return as_pairs(round_both(first, second));
 #endif

@@ -499,6 +499,12 @@ class PackedColumns {
   CacheLines<Element> memory_;
 };
 
+// What a forward pass packs of keys and values: values alone, unless they have planes (planes.h).
+template <typename T, typename Element>
+struct PackedFor {
+  using Type = PackedColumns<T, Element>;
+};
+
 // Hands out pieces of one block of memory. Over null it only counts, so that the same code sizes
 // it.
 class Arena {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import platform
@@ -12,10 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cases import Case, Sizes, make_inputs
+from test_contract import assert_contract
 
 import attn_ext
 from attn_ext.backends import cpu
@@ -35,6 +39,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 LARGE = (1, 4, 700, 64)
 PRESENT = [name for name, there in cpu.capabilities().items() if there]
+AMX = next((name for name in PRESENT if name.startswith("amx")), None)
+needs_amx = pytest.mark.skipif(AMX is None, reason="this processor has no AMX")
 
 
 def test_one_openmp_library_and_pool() -> None:
@@ -261,8 +267,8 @@ print(peak() - before)
     assert int(result.stdout) < inputs_and_outputs + 32 * 1024
 
 
-@pytest.mark.parametrize("query_length", [1, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("query_length", [1, 40, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keys_are_split_where_there_are_fewer_blocks_than_threads(
     query_length: int, dtype: torch.dtype
 ) -> None:
@@ -273,15 +279,70 @@ def test_keys_are_split_where_there_are_fewer_blocks_than_threads(
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 3):
+        for threads in (1, 3, 12):
             torch.set_num_threads(threads)
             out, lse = attn_ext.attention(query, key, value, return_lse=True, **options)
             results.append((out, attn_ext.attention(query, key, value, **options), lse))
     finally:
         torch.set_num_threads(before)
-    tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-4
-    for one, split in zip(*results, strict=True):
-        torch.testing.assert_close(split, one, rtol=tolerance, atol=tolerance / 10)
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-2
+    for one, *split in zip(*results, strict=True):
+        for other in split:
+            torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance / 10)
+
+
+FLOAT16_OPTIONS = {
+    "plain": lambda s: {},
+    "causal": lambda s: {"causal": True},
+    "steep": lambda s: {"scale": 2.0},
+    "window, sinks": lambda s: {"window": (100, 30), "sinks": torch.randn(s.query_heads)},
+    "padding": lambda s: {"key_padding_mask": torch.rand(s.batch, s.key_length) < 0.7},
+    "mask": lambda s: {
+        "attn_mask": torch.randn(s.query_length, s.key_length).masked_fill(
+            torch.rand(s.query_length, s.key_length) < 0.2, -torch.inf
+        )
+    },
+    "dropout": lambda s: {"dropout_p": 0.3, "seed": 7},
+}
+FLOAT16_SIZES = {
+    "whole tiles": Sizes(1, 2, 2, 256, 128, 64, 64),
+    "rests": Sizes(2, 2, 1, 131, 77, 33, 17),
+    "wide": Sizes(1, 1, 1, 300, 200, 128, 96),
+    "one key": Sizes(1, 1, 1, 256, 1, 24, 3),
+    "no value_dim": Sizes(1, 1, 1, 256, 70, 24, 0),
+}
+
+
+@needs_amx
+@pytest.mark.parametrize("sizes", FLOAT16_SIZES.values(), ids=FLOAT16_SIZES)
+@pytest.mark.parametrize("options", FLOAT16_OPTIONS.values(), ids=FLOAT16_OPTIONS)
+def test_float16_in_planes(
+    options: Callable[[Sizes], dict[str, object]], sizes: Sizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "capability", AMX)
+    inputs = make_inputs(Case("", options, sizes), torch.float16)
+    assert_contract(inputs, torch.float16, "cpu", average=False)
+
+
+@needs_amx
+def test_which_float16_is_in_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows of finite numbers; all else is what it is without AMX, to the last bit."""
+
+    def is_in_planes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        results = []
+        for name in (AMX, "avx512"):
+            monkeypatch.setattr(cpu, "capability", name)
+            results.append(attn_ext.attention(query, key, value, return_lse=True))
+        return not all(x.allclose(y, 0, 0, equal_nan=True) for x, y in zip(*results, strict=True))
+
+    make = lambda *shape: torch.randn(shape, dtype=torch.float16)
+    assert is_in_planes(make(1, 2, 256, 64), make(1, 2, 90, 64), make(1, 2, 90, 64))
+    assert is_in_planes(make(1, 4, 64, 64), make(1, 1, 90, 64), make(1, 1, 90, 64))
+    assert not is_in_planes(make(1, 2, 255, 64), make(1, 2, 90, 64), make(1, 2, 90, 64))
+    for place, bad in itertools.product(range(3), (torch.nan, torch.inf, -torch.inf)):
+        tensors = [make(1, 2, length, 64) for length in (256, 90, 90)]
+        tensors[place][0, 1, -1, -1] = bad
+        assert not is_in_planes(*tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
