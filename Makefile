@@ -5,7 +5,7 @@ CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h
 NATIVE := setup.py setup_cuda.py pyproject.toml $(CSRC)
 RESULTS := bench/results
 # On every core, up to eight.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 CXX_FILES := $(CSRC) $(wildcard attn_ext/benchmark/*.cpp bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
 .PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report triton-report gpu lint format stubs wheel clean

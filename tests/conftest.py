@@ -61,8 +61,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     """What runs emulated or interpreted is too slow for the full sweep itself.
 
     Of the rest, the interpreter has a part in every run, and all of it with `-m exhaustive`.
-    Processes of pytest-xdist share out the contract suite; other files, whose tests may have
-    something compiled in common, stay whole.
     """
     slow = {
         item
@@ -76,8 +74,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
         name = item.name.replace("[triton-", "[").replace("[triton]", "")
         if name != item.name and name not in interpreted.BY_DEFAULT:
             item.add_marker(pytest.mark.exhaustive)
-        if item.path.name != "test_contract.py":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Processes of pytest-xdist share out the contract suite. Other files, whose tests may have
+    something compiled in common, stay whole. (Its own xdist_group does nothing with pytest 9.2: version
+    3.8 renames tests by an attribute that is gone.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return nodeid if path.endswith("test_contract.py") else path
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
