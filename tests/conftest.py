@@ -77,10 +77,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
     """Processes of pytest-xdist share out the contract suite. Other files, whose tests may have
     something compiled in common, stay whole. (Its own xdist_group does nothing with pytest 9.2: version
     3.8 renames tests by an attribute that is gone.)"""
+    if config.getvalue("dist") != "load":  # asked for
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

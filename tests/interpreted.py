@@ -267,17 +267,22 @@ def _patch_attribute(
     scope.set_attr(target, name, call)
 
 
-core.block_type.__init__ = _block_type
-core.tensor.__init__ = _tensor
-core.dtype.__eq__ = _equal_dtypes
-core._unwrap_if_constexpr = _unwrapped
-TritonSemantic.broadcast_impl_value = _broadcast
-TritonSemantic.binary_op_type_checking_impl = _operands
-TritonSemantic.computation_type_impl = _computation_type
-interpreter._get_np_dtype = _numpy_dtype
-interpreter._patch_attr = _patch_attribute
-interpreter.interpreter_builder.__class__ = _Builder
-interpreter.interpreter_builder.options = dataclasses.replace(
-    interpreter.interpreter_builder.options, sanitize_overflow=False
-)
-interpreter.InterpretedFunction.__call__ = _call
+def _patch() -> None:
+    core.block_type.__init__ = _block_type
+    core.tensor.__init__ = _tensor
+    core.dtype.__eq__ = _equal_dtypes
+    core._unwrap_if_constexpr = _unwrapped
+    TritonSemantic.broadcast_impl_value = _broadcast
+    TritonSemantic.binary_op_type_checking_impl = _operands
+    TritonSemantic.computation_type_impl = _computation_type
+    interpreter._get_np_dtype = _numpy_dtype
+    interpreter._patch_attr = _patch_attribute
+    interpreter.interpreter_builder.__class__ = _Builder
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    interpreter.InterpretedFunction.__call__ = _call
+
+
+if INTERPRETS:  # compiled kernels take Triton as it is
+    _patch()

@@ -13,11 +13,8 @@
 // Tiles outside causality and the window are never visited; those that a mask forbids whole are
 // skipped. A sink starts the softmax: m = sink, l = 1. Where there are fewer items than threads, an
 // item's keys are split and the parts merged (Dao et al., Flash-Decoding, 2023). With bfloat16
-// products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks.
-// Tested against backends/reference.py in tests/test_contract.py.
-
-template <typename Real>
-constexpr int64_t kWeightsPlane = kKeys / 2 * kRows<Real>;  // elements, where weights have planes
+// products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks,
+// and of numbers in planes K too. Tested against backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
 struct ForwardWorkspace {
@@ -27,16 +24,19 @@ struct ForwardWorkspace {
 
   ForwardWorkspace(Arena& arena, const Problem& p) {
     const int64_t tile = kKeys * kRows<Real>;
-    constexpr int64_t kCount = kInPlanes<Element> ? 2 : 1;
-    const auto whole = [](int64_t width) { return kCount > 1 ? padded<Real>(width) : width; };
-    queries = arena.take<Element>(
-        kCount * whole(kCount > 1 ? score_depth<Element>(p) : p.head_dim) * kRows<Real>);
-    keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
-    values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
     scores = arena.take<Real>(tile);
-    weights = kCount > 1 ? arena.take<Element>(kCount * kWeightsPlane<Real>)
-                         : reinterpret_cast<Element*>(scores);
-    output = arena.take<Real>(whole(p.value_dim) * kRows<Real>);
+    if constexpr (kInPlanes<Element>) {
+      queries = arena.take<Element>(2 * padded<Real>(score_depth<Element>(p)) * kRows<Real>);
+      keys = values = nullptr;
+      weights = arena.take<Element>(2 * kWeightsPlane<Real>);
+      output = arena.take<Real>(padded<Real>(p.value_dim) * kRows<Real>);
+    } else {
+      queries = arena.take<Element>(p.head_dim * kRows<Real>);
+      keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
+      values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
+      weights = reinterpret_cast<Element*>(scores);
+      output = arena.take<Real>(p.value_dim * kRows<Real>);
+    }
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
     max = arena.take<Real>(kRows<Real>);
     sum = arena.take<Real>(kRows<Real>);

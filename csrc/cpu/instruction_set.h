@@ -1,7 +1,8 @@
 // The kernels compiled for one instruction set: included once by the file of each (avx512.cpp and
 // its like), which defines ATTN_EXT_VECTOR_BYTES first. Everything is local to that file.
 //
-// With ATTN_EXT_BFLOAT16_PRODUCTS only bfloat16 differs from AVX-512, and the rest is left to it.
+// With ATTN_EXT_BFLOAT16_PRODUCTS only bfloat16 differs from AVX-512, and with AMX float16's
+// forward pass (planes.h); the rest is left to AVX-512.
 
 namespace attn_ext {
 namespace {
@@ -75,7 +76,7 @@ void with_types(const Problem& p, FewRows few_rows, General general) {
 
 void run_forward(const Problem& p, const ForwardArguments& to, int threads) {
 #ifdef ATTN_EXT_AMX_PRODUCTS
-  if (suits_planes(p) && all_finite_halves(p, threads)) {
+  if (suits_planes(p, to) && all_finite_halves(p, threads)) {
     return forward<Float16, float, PlanePair>(p, to, threads);
   }
 #endif

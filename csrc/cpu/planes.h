@@ -6,7 +6,8 @@
 // that fused multiply-adds of float32 take (Henry, Tang and Heinecke, arXiv:1904.06376; with three
 // planes float32 itself is as accurate as by those, but no faster).
 //
-// Finite numbers alone have planes: an infinite one's second plane is NaN.
+// Finite numbers alone have planes: an infinite one's second plane is NaN. The forward pass alone
+// has them so far.
 
 // What round_both gave, as floats: its first or its second vector.
 template <bool kSecond>
@@ -180,7 +181,7 @@ struct PackedFor<Float16, PlanePair> {
 struct PlaneProduct {
   int a, b;
 };
-struct ScoreProducts {  // all of them: LSE is a float, whatever the scores are of
+struct ScoreProducts {  // all of them: scores may be large
   static constexpr PlaneProduct kAll[] = {{1, 1}, {1, 0}, {0, 0}, {0, 1}};
 };
 struct OutputProducts {
@@ -271,19 +272,34 @@ template <typename Workspace>
 void add_output_of_planes(const Problem& p, const RowBlock& rows, int64_t key, int64_t whole,
                           const PackedPlanes& packed, const Workspace& w,
                           const Into<float>& output) {
-  const Planes weights{w.weights, kRows<float>, kKeys / 2 * kRows<float>};
+  const Planes weights{w.weights, kRows<float>, kWeightsPlane<float>};
   multiply_planes<OutputProducts>(padded<float>(p.value_dim), whole / 2, packed.values(rows, key),
                                   weights, output);
 }
 
-// Whether float16's planes are worth their packing: where many rows share keys and values. malloc
-// gives blocks above 32 MiB back, and the system clears their pages again for every call.
-inline bool suits_planes(const Problem& p) {
-  constexpr int64_t kKept = int64_t{32} << 20, kBytes = 2 * sizeof(BFloat16);  // of a number
-  const int64_t rows = p.query_length * (p.query_heads / std::max<int64_t>(p.key_heads, 1));
+// Whether float16's planes are worth their packing, of all keys and values: where many rows see
+// each of them. malloc gives blocks above 32 MiB back, and the system clears their pages again for
+// every call. Not where LSE is asked for: weights and gradients, computed from it in float32, sum
+// scores in another order.
+inline bool suits_planes(const Problem& p, const ForwardArguments& to) {
+  constexpr int64_t kKept = int64_t{32} << 20, kMost = int64_t{512} << 20;
+  constexpr int64_t kBytes = 2 * sizeof(BFloat16);  // of a number
+  if (p.dtype != DType::kFloat16 || to.lse || p.scale <= 0 || p.head_dim < 24) return false;
+  if (p.key_heads == 0 || p.key_length < 32) return false;
+  // What is there once would be packed many times.
+  for (const View* view : {&p.key, &p.value}) {
+    if (view->stride[0] == 0 && p.batch > 1) return false;
+    if (view->stride[1] == 0 && p.key_heads > 1) return false;
+  }
+  int64_t visible = 0;  // pairs of a head, by position
+  for (int64_t block = 0; block < RowBlock::blocks_a_head<float>(p); ++block) {
+    const RowBlock rows = RowBlock::make<float>(p, 0, 0, block);
+    const KeyRange range(p, rows);
+    visible += rows.count * std::max<int64_t>(0, range.end - range.first);
+  }
   const int64_t bytes = p.batch * p.key_heads * p.key_length * (p.head_dim + p.value_dim) * kBytes;
-  return p.dtype == DType::kFloat16 && p.scale > 0 && p.head_dim >= 24 &&
-         rows >= (bytes > kKept ? 512 : 256);
+  const int64_t least_rows = bytes > kKept ? 512 : 256;
+  return bytes <= kMost && visible * (p.query_heads / p.key_heads) >= least_rows * p.key_length;
 }
 
 // Whether all of query, key and value has planes.

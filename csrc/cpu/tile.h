@@ -23,6 +23,10 @@ constexpr int64_t kKeysAtOnce = 1;
 template <typename Real>
 constexpr int64_t kRows = kBlockVectors * kLanes<Real>;  // query rows in a block: 12 to 48 floats
 
+// Elements of a tile's weights in either plane, see planes.h.
+template <typename Real>
+constexpr int64_t kWeightsPlane = kKeys / 2 * kRows<Real>;
+
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 template <typename Real>

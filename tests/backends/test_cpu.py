@@ -247,15 +247,17 @@ def test_nothing_is_read_past_the_end(
     assert all(torch.isfinite(grad).all() for grad in more if grad is not None)
 
 
-def test_memory_beyond_inputs_and_outputs() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_memory_beyond_inputs_and_outputs(dtype: str) -> None:
     """Forward and backward at 4096 keys: an (L, L) float tensor alone would be 64 MiB."""
-    code = """
+    code = f"""
 import torch, attn_ext
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 def run(length):
-    x = [torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3)]
+    x = [torch.randn(1, 1, length, 64, dtype=torch.{dtype}, requires_grad=True) for _ in range(3)]
     attn_ext.attention(*x, causal=True).sum().backward()
+    attn_ext.attention(*(each.detach() for each in x))
 run(256)
 before = peak()
 run(4096)
@@ -285,8 +287,8 @@ def test_keys_are_split_where_there_are_fewer_blocks_than_threads(
             results.append((out, attn_ext.attention(query, key, value, **options), lse))
     finally:
         torch.set_num_threads(before)
-    tolerance = 1e-4 if dtype is torch.float32 else 1e-2
     for one, *split in zip(*results, strict=True):
+        tolerance = 1e-4 if one.dtype is torch.float32 and dtype is not torch.bfloat16 else 1e-2
         for other in split:
             torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance / 10)
 
@@ -308,9 +310,21 @@ FLOAT16_SIZES = {
     "whole tiles": Sizes(1, 2, 2, 256, 128, 64, 64),
     "rests": Sizes(2, 2, 1, 131, 77, 33, 17),
     "wide": Sizes(1, 1, 1, 300, 200, 128, 96),
-    "one key": Sizes(1, 1, 1, 256, 1, 24, 3),
-    "no value_dim": Sizes(1, 1, 1, 256, 70, 24, 0),
+    "few keys": Sizes(1, 1, 1, 300, 33, 24, 3),
+    "no value_dim": Sizes(1, 1, 1, 300, 70, 24, 0),
 }
+
+
+def is_in_planes(
+    monkeypatch: pytest.MonkeyPatch, *tensors: torch.Tensor, **options: object
+) -> bool:
+    """Whether AMX multiplies float16: without it the output has other last bits."""
+    results = []
+    for name in (AMX, "avx512"):
+        monkeypatch.setattr(cpu, "capability", name)
+        with torch.no_grad():  # a gradient would need LSE
+            results.append(attn_ext.attention(*tensors, **options))
+    return not torch.allclose(*results, 0, 0, equal_nan=True)
 
 
 @needs_amx
@@ -322,27 +336,44 @@ def test_float16_in_planes(
     monkeypatch.setattr(cpu, "capability", AMX)
     inputs = make_inputs(Case("", options, sizes), torch.float16)
     assert_contract(inputs, torch.float16, "cpu", average=False)
+    if sizes.value_dim > 0:
+        assert is_in_planes(monkeypatch, inputs.query, inputs.key, inputs.value)
+
+
+def halves(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float16)
 
 
 @needs_amx
 def test_which_float16_is_in_planes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many rows of finite numbers; all else is what it is without AMX, to the last bit."""
+    """What many rows see, of finite numbers, where no LSE is asked for."""
 
-    def is_in_planes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-        results = []
-        for name in (AMX, "avx512"):
-            monkeypatch.setattr(cpu, "capability", name)
-            results.append(attn_ext.attention(query, key, value, return_lse=True))
-        return not all(x.allclose(y, 0, 0, equal_nan=True) for x, y in zip(*results, strict=True))
+    def used(*tensors: torch.Tensor, **options: object) -> bool:
+        return is_in_planes(monkeypatch, *tensors, **options)
 
-    make = lambda *shape: torch.randn(shape, dtype=torch.float16)
-    assert is_in_planes(make(1, 2, 256, 64), make(1, 2, 90, 64), make(1, 2, 90, 64))
-    assert is_in_planes(make(1, 4, 64, 64), make(1, 1, 90, 64), make(1, 1, 90, 64))
-    assert not is_in_planes(make(1, 2, 255, 64), make(1, 2, 90, 64), make(1, 2, 90, 64))
+    key, value = halves(2, 2, 90, 64), halves(2, 2, 90, 64)
+    assert used(halves(2, 2, 256, 64), key, value)
+    assert used(halves(2, 8, 64, 64), key, value)
+    assert not used(halves(2, 2, 255, 64), key, value)
+    assert not used(halves(2, 2, 256, 64), key[:, :, :31], value[:, :, :31])
+    assert not used(halves(2, 2, 256, 64), key, value, window=(10, 10))
+    assert not used(halves(2, 2, 256, 64), key[:1].expand(2, 2, 90, 64), value)
+    assert not used(halves(2, 2, 256, 64), key, value[:, :1].expand(2, 2, 90, 64))
     for place, bad in itertools.product(range(3), (torch.nan, torch.inf, -torch.inf)):
-        tensors = [make(1, 2, length, 64) for length in (256, 90, 90)]
+        tensors = [halves(2, 2, length, 64) for length in (256, 90, 90)]
         tensors[place][0, 1, -1, -1] = bad
-        assert not is_in_planes(*tensors)
+        assert not used(*tensors)
+
+
+@needs_amx
+def test_weights_of_large_scores_are_of_their_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LSE and weights sum scores in one order: they would differ by more than a weight's rounding."""
+    monkeypatch.setattr(cpu, "capability", AMX)
+    query, key = 60 * halves(1, 2, 256, 64), 60 * halves(1, 2, 150, 64)
+    weights = attn_ext.attention_weights(query, key, causal=True, average=False)
+    torch.testing.assert_close(weights[:, :, 0, 0], torch.ones(1, 2, dtype=torch.float16))
+    sums = weights.float().sum(3)
+    torch.testing.assert_close(sums, torch.ones(1, 2, 256), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

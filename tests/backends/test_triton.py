@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -70,6 +71,21 @@ def test_cpu_tensors_outside_the_interpreter() -> None:
     assert "in Triton's interpreter, TRITON_INTERPRET=1, it takes CPU" in in_a_process_of_its_own(
         code
     )
+
+
+def test_with_a_gpu_the_test_suite_leaves_the_compiler_as_it_is(tmp_path: pathlib.Path) -> None:
+    tests = pathlib.Path(interpreted.__file__).parent
+    code = (
+        f"import os, sys; os.environ['TRITON_CACHE_DIR'] = {str(tmp_path)!r};"
+        f"sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}];"
+        "import torch; torch.cuda.is_available = lambda: True;"
+        "import interpreted; from bench.triton_kernels import Name, compiled;"
+        "kernel = compiled(Name('sm_80', 'weights', 'float16', 64, 'plain'));"
+        "print(interpreted.INTERPRETS, sorted(kernel.asm))"
+    )
+    printed = in_a_process_of_its_own(code)
+    assert printed.startswith("False")
+    assert "cubin" in printed
 
 
 @on_the_interpreter
