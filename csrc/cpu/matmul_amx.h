@@ -143,6 +143,16 @@ inline void scale_columns(int64_t rows, int64_t vectors, const Into<float>& to) 
   }
 }
 
+// Scales C if it is to be, and says where the sums go after that.
+inline Into<float> into_scaled(int64_t rows, int64_t vectors, const Into<float>& to) {
+  Into<float> sum = to;
+  if (to.scale) {
+    scale_columns(rows, vectors, to);
+    sum.accumulate = true, sum.scale = nullptr;
+  }
+  return sum;
+}
+
 // All of C, of whole tiles.
 inline void multiply_all_tiles(int64_t rows, int64_t vectors, const TileOperands& most,
                                const TileOperands& rest, const Into<float>& to) {
@@ -178,9 +188,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const BFloat16Pair* 
               const BFloat16Pair* b, int64_t ldb, const Into<float>& to) {
   static_assert(!kRowsAdjacent, "a tile of A has its depth along the row");
   constexpr int64_t kColumns = kBlockVectors * kTileSide, kMostDepth = kKeys / 2;
-  if (to.scale) scale_columns(rows, vectors, to);
-  Into<float> sum{to.c,     to.stride,  to.accumulate || to.scale, nullptr, nullptr,
-                  to.ahead, to.a_passes};
+  const Into<float> sum = into_scaled(rows, vectors, to);
   if (depth == 0) {
     for (int64_t row = 0; row < rows && !sum.accumulate; ++row) {
       std::fill_n(to.c + row * to.stride, vectors * kTileSide, 0.0f);

@@ -235,9 +235,7 @@ template <typename Products>
 void multiply_planes(int64_t rows, int64_t depth, const Planes& a, const Planes& b,
                      const Into<float>& to) {
   static_assert(kBlockVectors == 2 && kVectorsAtOnce == 2, "B is two tiles wide");
-  if (to.scale) scale_columns(rows, kBlockVectors, to);
-  Into<float> sum = to;
-  sum.accumulate |= to.scale != nullptr;
+  const Into<float> sum = into_scaled(rows, kBlockVectors, to);
   SumsToStore unstored;
   for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
     const auto block = row + kTileSide < rows ? multiply_plane_tiles<Products, 2>
