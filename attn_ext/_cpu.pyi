@@ -10,7 +10,9 @@ __all__: list[str] = [
     "capabilities",
     "forward",
     "linear",
+    "plain_forward",
     "set_dtypes",
+    "set_plain",
     "threads_for",
     "weights",
 ]
@@ -66,9 +68,31 @@ def linear(
     Write input @ weight^T + bias.
     """
 
+def plain_forward(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    query: typing.Any,
+    key: typing.Any,
+    value: typing.Any,
+    scale: typing.Any,
+    causal: typing.SupportsInt | typing.SupportsIndex,
+    grouped: bool,
+    with_lse: bool,
+) -> typing.Any:
+    """
+    The output, or (out, lse); None, and nothing done, for tensors that need more than the kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.
+    """
+
 def set_dtypes(dtypes: tuple) -> None:
     """
     Torch's float32, bfloat16, float16, float64 and bool; before anything else.
+    """
+
+def set_plain(
+    exchange_api: typing.Any, empty_like: typing.Any, empty_in_layout_of: typing.Any
+) -> bool:
+    """
+    Prepare plain_forward; whether it can be used.
     """
 
 def threads_for(

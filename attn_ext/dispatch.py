@@ -70,6 +70,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """What `use_backend` chose here; None for an automatic choice."""
+    return _forced.get()
+
+
 def load(name: str) -> ModuleType:
     """The module of a backend, imported when it is first asked for."""
     module = _modules.get(name)
@@ -133,7 +138,7 @@ def preferred(device: torch.device) -> tuple[str, ...]:
 
 def _wanted(requested: str | None) -> str | None:
     """What the call's own argument says, else what `use_backend` does."""
-    return _forced.get() if requested is None else _checked_name(requested)
+    return forced() if requested is None else _checked_name(requested)
 
 
 def _checked_name(name: str | None) -> str | None:

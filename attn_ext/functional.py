@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_ext import ops
 from attn_ext.dispatch import Explanation, explain_problem
-from attn_ext.problem import Problem
+from attn_ext.problem import Problem, checked_causal
 
 Window = tuple[int | None, int | None] | int | None
 
@@ -80,7 +80,7 @@ def attention(
         generator: where the seed is drawn; PyTorch's default CPU generator if None.
         q_start: absolute position of the first query, for causality, windows, ALiBi and dropout.
         k_start: absolute position of the first key.
-        backend: "cuda", "cpu" or "reference"; it never falls back. None chooses: see
+        backend: one of `attn_ext.BACKENDS`; it never falls back. None chooses: see
             `attn_ext.explain`.
 
     Returns:
@@ -96,6 +96,22 @@ def attention(
     (arXiv:2307.08691); Rabe and Staats, Self-attention does not need O(n^2) memory
     (arXiv:2112.05682).
     """
+    if (
+        attn_mask is None
+        and key_padding_mask is None
+        and window is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and backend is None
+        and not return_lse
+        and _is_zero(dropout_p, float)
+        and _is_zero(q_start, int)
+        and _is_zero(k_start, int)
+    ):
+        plain = ops.plain_attention(query, key, value, scale, checked_causal(causal), True)
+        if plain is not None:
+            return plain
     if _may_autocast():
         query, key, value, attn_mask, key_padding_mask = _autocast(
             query, key, value, attn_mask, key_padding_mask
@@ -285,6 +301,11 @@ def scaled_dot_product_attention(
     if isinstance(attn_mask, CausalBias):
         lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
+    # Not through `attention`: a call of 17 arguments takes longer than the smallest kernel.
+    if attn_mask is None and _is_zero(dropout_p, float):
+        plain = ops.plain_attention(query, key, value, scale, causal, enable_gqa)
+        if plain is not None:
+            return plain
     leading = None
     if not (
         isinstance(query, Tensor)
@@ -300,7 +321,6 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, leading = _to_four_dimensions(
             query, key, value, attn_mask, enable_gqa
         )
-    # Not through `attention`: a call of 17 arguments takes longer than the smallest kernel.
     if _may_autocast():
         query, key, value, attn_mask, _ = _autocast(query, key, value, attn_mask, None)
     problem = Problem.build(
@@ -329,6 +349,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Expl
     for name in ("return_lse", "seed", "offset", "generator"):
         arguments.pop(name, None)
     return explain_problem(Problem.build(query, key, value, **arguments), backend)
+
+
+def _is_zero(number: Any, expected_type: type) -> bool:
+    return type(number) is expected_type and number == 0
 
 
 def _may_autocast() -> bool:

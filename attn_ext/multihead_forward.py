@@ -360,6 +360,7 @@ def _is_causal_mask(mask: Tensor) -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or type(mask) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or mask.device.type != "cpu"  # looking would wait for the device
         or mask.requires_grad
         or mask.shape[:2] != (1, 1)

@@ -16,14 +16,54 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn_ext import dispatch
-from attn_ext.backends import reference
+from attn_ext.backends import cpu, reference
 from attn_ext.operators import call, split_arguments
-from attn_ext.problem import Problem
+from attn_ext.problem import Problem, default_scale
 from attn_ext.second_derivatives import (
     differentiable_inputs,
     second_derivative,
     weights_second_derivative,
 )
+
+# Looked up once: small calls would spend a twentieth of their time on it.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_count_of_dispatch_modes = torch._C._len_torch_dispatch_stack
+_level_of_transforms = torch._C._functorch.maybe_current_level
+_state_of_jit_trace = torch._C._get_tracing_state
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    causal: str | None,
+    grouped: bool,
+) -> Tensor | None:
+    """The output, if these tensors and the state that PyTorch is in need nothing but a kernel.
+
+    None otherwise, and nothing is checked then: `attention` does it. A small call's time is what
+    Python spends on it, of which this takes a third.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not cpu.has_plain_forward
+        or not (type(query) is type(key) is type(value) is Tensor)
+        or dispatch.forced() not in (None, "cpu")
+        or _is_any_autocast_enabled()
+        or _is_transformed()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    arguments = (query, key, value, scale, causal, grouped)
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        try:
+            return _record_plain_attention(*arguments)
+        except _NotPlainError:
+            return None
+    return cpu.plain_forward(*arguments, False)
 
 
 def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:
@@ -80,8 +120,16 @@ def _is_traced(problem: Problem) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(problem.query) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or _is_transformed()
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether a dispatch mode, a transform of torch.func or torch.jit.trace sees every operator."""
+    return (
+        _count_of_dispatch_modes() > 0
+        or _level_of_transforms() is not None
+        or _state_of_jit_trace() is not None
     )
 
 
@@ -128,13 +176,60 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * 8
             dout = torch.zeros_like(out)
+        problem = Problem(*tensors, *ctx.settings)
         mask_gradient = ctx.needs_input_grad[3]
-        arguments = (out, lse, dout, dlse, mask_gradient)
-        if torch.is_grad_enabled():
-            grads = _AttentionBackward.apply(*tensors, *arguments, ctx.settings, ctx.module)
-        else:
-            grads = ctx.module.backward(Problem(*tensors, *ctx.settings), *arguments)
+        grads = _gradients(problem, ctx.module, out, lse, dout, dlse, mask_gradient)
         return (*grads, None, None, None)
+
+
+class _NotPlainError(Exception):
+    pass
+
+
+class _PlainAttention(torch.autograd.Function):
+    """`_Attention` by `cpu.plain_forward`; raises `_NotPlainError` where that does nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        causal: str | None,
+        grouped: bool,
+    ) -> Tensor:
+        result = cpu.plain_forward(query, key, value, scale, causal, grouped, True)
+        if result is None:
+            raise _NotPlainError
+        out, lse = result
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        query, key, value, out, lse = ctx.saved_tensors
+        scale = default_scale(query.shape[3]) if ctx.scale is None else ctx.scale
+        problem = Problem(query, key, value, causal=ctx.causal, scale=scale)
+        grads = _gradients(problem, cpu, out, lse, dout, None, False)
+        return (*grads[:3], None, None, None)
+
+
+def _gradients(
+    problem: Problem,
+    module: Any,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    mask_gradient: bool,
+) -> Any:
+    """A backend's backward pass, differentiable in its turn where that is asked for."""
+    arguments = (out, lse, dout, dlse, mask_gradient)
+    if torch.is_grad_enabled():
+        return _AttentionBackward.apply(*problem.tensors, *arguments, problem.settings, module)
+    return module.backward(problem, *arguments)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -219,4 +314,5 @@ def _recorder(function: type[torch.autograd.Function]) -> Any:
 
 
 _record_attention = _recorder(_Attention)
+_record_plain_attention = _recorder(_PlainAttention)
 _record_weights = _recorder(_Weights)

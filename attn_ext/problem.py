@@ -173,11 +173,11 @@ class Problem:
         problem = Problem(query, key, value)
         # Most calls leave most arguments at their defaults, which need no check.
         if scale is None:
-            problem.scale = 1.0 / math.sqrt(query.shape[3])
+            problem.scale = default_scale(query.shape[3])
         else:
             problem.scale = _checked_number("scale", scale)
         if causal is not None:
-            problem.causal = _checked_causal(causal)
+            problem.causal = checked_causal(causal)
         if window is not None:
             problem.window = _checked_window(window)
         if type(dropout_p) is not float or dropout_p != 0.0:
@@ -235,6 +235,10 @@ class Problem:
                     f"{tuple(sinks.shape)}"
                 )
             self.sinks = sinks
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)
 
 
 def _are_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -357,7 +361,7 @@ def _checked_probability(dropout_p: float) -> float:
     return float(dropout_p)
 
 
-def _checked_causal(causal: bool | str | None) -> str | None:
+def checked_causal(causal: bool | str | None) -> str | None:
     if causal is True:
         return "upper_left"
     if causal is None or causal is False:

@@ -1,4 +1,5 @@
 // attn_ext._cpu: the CPU kernels for Python. The GIL is released while a kernel runs.
+#include "bindings_plain.h"
 #include "bindings_problem.h"
 #include "cpu/kernels.h"
 
@@ -31,6 +32,20 @@ void forward(int index, int threads, py::handle problem, py::handle dropout, py:
   const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
   const py::gil_scoped_release release;
   kernels(index).forward(p.native, to, threads_for(threads, p.native));
+}
+
+py::object plain_forward(int index, int threads, py::handle query, py::handle key, py::handle value,
+                         py::handle scale, int causal, bool grouped, bool with_lse) {
+  const auto p = plain_problem(query, key, value, scale, static_cast<Causal>(causal), grouped);
+  if (!p) return py::none();
+  py::object out = empty_for(query, *p), lse = py::none();
+  if (with_lse) lse = lse_for(*p);
+  const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
+  {
+    const py::gil_scoped_release release;
+    kernels(index).forward(*p, to, threads_for(threads, *p));
+  }
+  return with_lse ? py::make_tuple(std::move(out), std::move(lse)) : std::move(out);
 }
 
 void backward(int index, int threads, py::handle problem, py::handle dropout, py::object out,
@@ -88,6 +103,13 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("flops"), "How many threads some work gets.");
   m.def("forward", &forward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), "Write out and lse.");
+  m.def("set_plain", &set_plain, py::arg("exchange_api"), py::arg("empty_like"),
+        py::arg("empty_in_layout_of"), "Prepare plain_forward; whether it can be used.");
+  m.def("plain_forward", &plain_forward, py::arg("capability"), py::arg("threads"),
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("scale"), py::arg("causal"),
+        py::arg("grouped"), py::arg("with_lse"),
+        "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
+        "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

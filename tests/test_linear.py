@@ -24,6 +24,10 @@ needs_operator = pytest.mark.skipif(
     not implementation._has_fast_operator, reason="F.linear is as fast as the operator here"
 )
 
+needs_kernel = pytest.mark.skipif(
+    not implementation._has_fast_kernel, reason="F.linear is as fast as our own kernel here"
+)
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
@@ -39,6 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(implementation, "_product", product)
     monkeypatch.setattr(implementation, "_SMALLEST_PRODUCT", 0)
     monkeypatch.setattr(implementation, "_SMALLEST_OF_FEW_ROWS", 0)
+    monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_OF_FEW_ROWS", {implementation._vendor: 0})
     monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_GRADIENT", 0)
     return seen
 
@@ -180,7 +185,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@needs_operator
+@needs_kernel
 @pytest.mark.parametrize(
     "capability", [name for name, there in cpu.capabilities().items() if there]
 )
@@ -207,14 +212,18 @@ def test_few_rows(
     assert few_rows == [math.prod(leading)]
     assert ours.shape == theirs.shape
     assert rms(ours - truth) <= 2 * rms(theirs - truth)
-    assert_as_exact([None if x is None else x.requires_grad_() for x in arguments])
-    assert len(few_rows) > 1
 
 
 @needs_operator
+def test_gradients_of_few_rows(calls: list[tuple[int, ...]], few_rows: list[int]) -> None:
+    assert_as_exact([x.requires_grad_() for x in (torch.randn(5, 176), torch.randn(67, 176))])
+    assert few_rows == [5]
+
+
+@needs_kernel
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_few_rows_on_several_threads(few_rows: list[int], threads: int) -> None:
-    x, weight = torch.randn(16, 512), torch.randn(515, 512)
+    x, weight = torch.randn(16, 1024), torch.randn(515, 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -225,7 +234,7 @@ def test_few_rows_on_several_threads(few_rows: list[int], threads: int) -> None:
     torch.testing.assert_close(actual, F.linear(x, weight), atol=1e-3, rtol=1e-4)
 
 
-@needs_operator
+@needs_kernel
 @pytest.mark.parametrize("which", [0, 1])
 def test_non_finite_values_stay_in_their_row_and_column(
     which: int, calls: list[tuple[int, ...]], few_rows: list[int]
@@ -250,7 +259,7 @@ def test_strides_of_few_rows(which: int, make: str, calls: list[tuple[int, ...]]
     assert calls == [(2, 7, 37)]
 
 
-@needs_operator
+@needs_kernel
 def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: list[int]) -> None:
     weight, odd = torch.randn(1024, 1024), torch.randn(1024, 1023)
     linear(torch.randn(3, 1024), weight)
@@ -260,6 +269,10 @@ def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: lis
     assert few_rows == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1024)
     linear(torch.randn(16, 1024, requires_grad=True), weight)  # too small for our derivative
+    with monkeypatch.context() as patch:
+        larger = {implementation._vendor: 2**20 + 1}
+        patch.setattr(implementation, "_SMALLEST_WEIGHT_OF_FEW_ROWS", larger)
+        linear(torch.randn(16, 1024), weight)
     assert few_rows == []
     linear(torch.randn(16, 1024), weight)
     assert few_rows == [16]
@@ -336,14 +349,17 @@ REASONS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], Callab
     "forward mode": (forward_ad.dual_level, plain),
     "a function mode": (lambda: torch.device("cpu"), plain),
     "a dispatch mode": (Operators, plain),
-    "one dimension": (contextlib.nullcontext, lambda x: x[0] if x.shape == (M, K) else x),
+    "one dimension": (contextlib.nullcontext, lambda x: x[0] if len(x) in (M, 8) else x),
 }
 
 
+@pytest.mark.parametrize("rows", [M, 8])
 @pytest.mark.parametrize("reason", REASONS)
-def test_identical_where_it_stands_back(reason: str, calls: list[tuple[int, ...]]) -> None:
+def test_identical_where_it_stands_back(
+    reason: str, rows: int, calls: list[tuple[int, ...]]
+) -> None:
     context, change = REASONS[reason]
-    arguments = [change(x) for x in (torch.randn(M, K), torch.randn(N, K), torch.randn(N))]
+    arguments = [change(x) for x in (torch.randn(rows, 192), torch.randn(N, 192), torch.randn(N))]
     with context():
         actual, expected = linear(*arguments), F.linear(*arguments)
     assert type(actual) is type(expected)
@@ -356,7 +372,6 @@ def test_without_the_operator(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert not implementation._finds_fast_operator()
     monkeypatch.setattr(implementation, "_has_fast_operator", False)
     arguments = operands(M)
     assert torch.equal(linear(*arguments), F.linear(*arguments))  # type: ignore[arg-type]

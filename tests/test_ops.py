@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attn_ext
+from attn_ext.backends import cpu
 from attn_ext.operators import split_arguments
 from attn_ext.problem import Problem
 
@@ -264,3 +266,200 @@ def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
         attn_ext.attention(*inputs).sum().backward()
     assert "attn_ext.attention.default" in names
     assert "attn_ext.attention_backward.default" in names
+
+
+# --- Plain calls, which go to the CPU's kernel by a shorter way
+
+
+@pytest.fixture
+def plain_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call that was tried the shorter way: whether it could go it."""
+    seen: list[bool] = []
+    original = cpu.plain_forward
+
+    def plain_forward(*arguments: Any) -> Any:
+        result = original(*arguments)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cpu, "plain_forward", plain_forward)
+    return seen
+
+
+needs_plain_calls = pytest.mark.skipif(
+    not cpu.has_plain_forward, reason="this torch has no DLPack exchange API of C's"
+)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "(B, L, H, D)": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows apart": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+    "offset": lambda x: torch.cat([x, x], 2)[:, :, x.shape[2] :],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+def outcome(
+    call: Callable[..., Tensor], inputs: list[Tensor], requires_grad: bool, **options: Any
+) -> list[Tensor]:
+    """The output, the gradients and one second derivative."""
+    leaves = [x.detach().requires_grad_(requires_grad) for x in inputs]
+    out = call(*leaves, **options)
+    if not requires_grad:
+        return [out]
+    grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    (second,) = torch.autograd.grad(grads[0].square().sum(), leaves[1])
+    return [out, *grads, second]
+
+
+@needs_plain_calls
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
+def test_plain_calls_give_what_checked_ones_do(
+    dtype: torch.dtype,
+    layout: str,
+    causal: str | None,
+    requires_grad: bool,
+    plain_calls: list[bool],
+) -> None:
+    for shapes in (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)), ((2, 3, 40, 16),) * 3):
+        inputs = [LAYOUTS[layout](torch.randn(shape, dtype=dtype)) for shape in shapes]
+        for scale in (None, 0.3):
+            options = {"causal": causal, "scale": scale}
+            actual = outcome(attn_ext.attention, inputs, requires_grad, **options)
+            expected = outcome(attn_ext.attention, inputs, requires_grad, **options, backend="cpu")
+            for one, other in zip(actual, expected, strict=True):
+                assert torch.equal(one, other)
+                assert one.stride() == other.stride()
+    assert plain_calls == [True] * 4
+
+
+@needs_plain_calls
+def test_sdpa_and_no_grad_are_plain_too(plain_calls: list[bool]) -> None:
+    query, key, value = tensors()
+    expected = attn_ext.attention(query, key, value, causal=True, backend="cpu")
+    sdpa = attn_ext.scaled_dot_product_attention
+    with torch.no_grad():
+        out = sdpa(query, key, value, is_causal=True, enable_gqa=True)
+    assert not out.requires_grad
+    assert torch.equal(out, expected)
+    assert sdpa(query, key, value, is_causal=True, enable_gqa=True).requires_grad
+    assert plain_calls == [True, True]
+    with pytest.raises(ValueError, match="leading dimensions that broadcast"):
+        sdpa(query, key, value)
+
+
+def not_plain() -> dict[str, tuple[Tensor, ...]]:
+    x = torch.randn(1, 2, 6, 8)
+    negative = torch.randn(1, 2, 6, 8, dtype=torch.complex64).conj().imag
+    return {
+        "a subclass": (x.as_subclass(type("Subclass", (Tensor,), {})), x, x),
+        "a parameter": (x, torch.nn.Parameter(x), x),
+        "a negative view": (x, x, negative),
+        "columns apart": (x, torch.randn(1, 2, 6, 16)[..., ::2], x),
+    }
+
+
+@pytest.mark.parametrize("name", not_plain())
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_that_are_not_plain(
+    name: str, requires_grad: bool, plain_calls: list[bool]
+) -> None:
+    query, key, value = not_plain()[name]
+    if requires_grad:
+        value = value.clone().requires_grad_() if name != "a negative view" else value
+        query = query.clone().requires_grad_()
+    actual = attn_ext.attention(query, key, value)
+    expected = attn_ext.attention(query, key, value, backend="reference")
+    torch.testing.assert_close(actual, expected)
+    assert not any(plain_calls)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q, k, v: (q, k, None),
+        lambda q, k, v: (q[0], k, v),
+        lambda q, k, v: (q, k[..., :4], v),
+        lambda q, k, v: (q, k, v[:, :, :3]),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (torch.cat([q, q[:, :1]], 1), k, v),
+        lambda q, k, v: (q, k[:, :0], v[:, :0]),
+        lambda q, k, v: (q.double(), k, v),
+        lambda q, k, v: (q.int(), k.int(), v.int()),
+        lambda q, k, v: (q[..., :0], k[..., :0], v),
+        lambda q, k, v: (q, k, v.to_sparse()),
+        lambda q, k, v: (q, k.to("meta"), v),
+        lambda q, k, v: (torch.nested.as_nested_tensor([q[0], q[1]], layout=torch.jagged), k, v),
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_plain_calls_leave_complaints_to_the_checks(
+    wrong: Callable[..., tuple[Any, ...]], requires_grad: bool
+) -> None:
+    arguments = wrong(*tensors(grad=requires_grad))
+    with pytest.raises((TypeError, ValueError)) as expected:
+        attn_ext.attention(*arguments, backend="cpu")
+    with pytest.raises((TypeError, ValueError)) as actual:
+        attn_ext.attention(*arguments)
+    assert type(actual.value) is type(expected.value)
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("scale", ["1", True, float("nan"), float("inf")])
+def test_plain_calls_leave_a_wrong_scale_to_the_checks(scale: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="scale must be"):
+        attn_ext.attention(*tensors(), scale=scale)
+
+
+def test_a_whole_number_is_a_scale() -> None:
+    inputs = tensors()
+    expected = attn_ext.attention(*inputs, scale=2.0)
+    assert torch.equal(attn_ext.attention(*inputs, scale=2), expected)
+
+
+def test_states_of_pytorch_in_which_no_call_is_plain(plain_calls: list[bool]) -> None:
+    query, key, value = tensors(grad=False)
+    expected = attn_ext.attention(query, key, value, backend="cpu")
+
+    def check(out: Tensor) -> None:
+        torch.testing.assert_close(out.to(expected.dtype), expected, atol=0.02, rtol=0.02)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attn_ext.attention(query, key, value)
+        assert out.dtype is torch.bfloat16
+        check(out)
+    with attn_ext.use_backend("reference"):
+        check(attn_ext.attention(query, key, value))
+    with Sizes():
+        check(attn_ext.attention(query, key, value))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        assert forward_ad.unpack_dual(attn_ext.attention(dual, key, value)).tangent is not None
+    check(torch.func.vmap(attn_ext.attention)(query[None], key[None], value[None])[0])
+    check(torch.compile(attn_ext.attention, backend="aot_eager")(query, key, value))
+    assert plain_calls == []
+    with attn_ext.use_backend("cpu"):
+        check(attn_ext.attention(query, key, value))
+    assert plain_calls == [True] * cpu.has_plain_forward
+
+
+def test_calls_without_the_exchange_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.9, or a later version of the interface."""
+    assert not cpu._cpu.set_plain(None, None, None)
+    inputs = tensors()
+    expected = attn_ext.attention(*inputs)
+    monkeypatch.setattr(cpu, "has_plain_forward", False)
+    assert torch.equal(attn_ext.attention(*inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace() -> None:
+    inputs, others = tensors(grad=False), tensors(grad=False)
+    traced = torch.jit.trace(lambda *x: attn_ext.attention(*x, causal=True), inputs)
+    expected = attn_ext.attention(*others, causal=True)
+    torch.testing.assert_close(traced(*others), expected)

@@ -7,12 +7,13 @@ overrides the choice.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_ext.backends import Gradients, WeightsGradients, native
-from attn_ext.problem import Problem
+from attn_ext.backends import Gradients, WeightsGradients, empty_in_layout_of, native
+from attn_ext.problem import CAUSAL_MODES, Problem
 
 # After torch: the module then shares torch's OpenMP library and its pool of threads.
 try:
@@ -21,8 +22,13 @@ except ImportError as error:  # a source tree that was not built
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
+has_plain_forward = False
+"""Whether `plain_forward` can be used: it takes an interface that torch 2.9 does not have."""
+
 if _cpu is not None:
     _cpu.set_dtypes(native.DTYPES)
+    _exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    has_plain_forward = _cpu.set_plain(_exchange_api, torch.empty_like, empty_in_layout_of)
 
 _ENVIRONMENT_VARIABLE = "ATTN_EXT_CPU_CAPABILITY"
 
@@ -78,6 +84,24 @@ def not_supported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
     return native.forward(_cpu, _settings(), problem, with_lse)
+
+
+def plain_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    causal: str | None,
+    grouped: bool,
+    with_lse: bool,
+) -> Any:
+    """`forward` without a Problem: out, or (out, lse), or None, and nothing done, if one is needed.
+
+    None is needed where the three are dense CPU tensors that fit each other and `scale` is None or
+    a finite float. `grouped`: query may have a multiple of key's heads.
+    """
+    mode = CAUSAL_MODES.index(causal)
+    return _cpu.plain_forward(*_settings(), query, key, value, scale, mode, grouped, with_lse)
 
 
 def backward(

@@ -649,8 +649,7 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
   if (!by_pair) groups = std::max(groups, std::min(blocks, (threads + heads - 1) / heads));
   const PackedColumns<T, Element> packed(p, p.key, p.head_dim, groups);
   if (by_pair) {
-#pragma omp parallel num_threads(threads)
-    {
+    run_parallel(threads, [&] {
       const TileConfiguration tiles;
       packed.pack_all();
       BackwardWorkspace<Real, Element>* own = &parts[omp_get_thread_num()];
@@ -661,11 +660,10 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
           write_key_gradients<T>(p, to, pair, row, own, 1);
         }
       }
-    }
+    });
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
+  run_parallel(threads, [&] {
     const TileConfiguration tiles;
     packed.pack_all();
     for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -679,5 +677,5 @@ void backward(const Problem& p, const BackwardArguments& to, int threads) {
         write_key_gradients<T>(p, to, pair, row, parts.data(), threads);
       }
     }
-  }
+  });
 }

@@ -301,8 +301,7 @@ void decode_in_parts(const Problem& p, int64_t parts, int threads, Run run, Writ
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const PerThread<Workspace> workspaces(threads, p);
   const PerThread<Result> results(static_cast<int>(parts > 1 ? items : threads), p);
-#pragma omp parallel num_threads(threads)
-  {
+  run_parallel(threads, [&] {
     const int thread = omp_get_thread_num();
     const Workspace w = workspaces.make(thread, p);
 #pragma omp for schedule(dynamic, 1)
@@ -322,7 +321,7 @@ void decode_in_parts(const Problem& p, int64_t parts, int threads, Run run, Writ
         write(SharingRows(p, head), own);
       }
     }
-  }
+  });
 }
 
 // Several parts a thread even out what the machine does to them.

@@ -75,8 +75,7 @@ void decode_weights(const Problem& p, const WeightsArguments& to, int threads) {
   const KeyRange all(0, p.key_length);
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const PerThread<DecodedWeightsWorkspace<Real>> workspaces(threads, p, key_heads);
-#pragma omp parallel num_threads(threads)
-  {
+  run_parallel(threads, [&] {
     const auto w = workspaces.make(omp_get_thread_num(), p, key_heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
@@ -85,5 +84,5 @@ void decode_weights(const Problem& p, const WeightsArguments& to, int threads) {
         decode_weights_part<shared, T>(p, to, pair, key_heads, all.part(item % parts, parts), w);
       });
     }
-  }
+  });
 }

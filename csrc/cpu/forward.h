@@ -337,8 +337,7 @@ void forward(const Problem& given, const ForwardArguments& to, int threads) {
   const auto packed = pack_for_forward<T, Element>(p, blocks);
   using Workspace = ForwardWorkspace<Real, Element>;
   const PerThread<Workspace> workspaces(parts > 1 ? static_cast<int>(items * parts) : threads, p);
-#pragma omp parallel num_threads(threads)
-  {
+  run_parallel(threads, [&] {
     const TileConfiguration tiles;
     packed.pack_all();
 #pragma omp for schedule(dynamic, 1)
@@ -370,5 +369,5 @@ void forward(const Problem& given, const ForwardArguments& to, int threads) {
         write_output<T>(p, to, rows, w);
       }
     }
-  }
+  });
 }

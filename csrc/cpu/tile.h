@@ -549,3 +549,12 @@ class PerThread {
   size_t bytes_ = 0;
   CacheLines<char> memory_;
 };
+
+// Runs body() on each of `threads` threads. One alone needs no team, which takes a call to the
+// kernel and some memory.
+template <typename Body>
+void run_parallel(int threads, const Body& body) {
+  if (threads == 1 && !omp_in_parallel()) return body();
+#pragma omp parallel num_threads(threads)
+  body();
+}

@@ -104,8 +104,7 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
   const int64_t items = groups * blocks;
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const PerThread<WeightsWorkspace<Real, Element>> workspaces(threads, p, heads);
-#pragma omp parallel num_threads(threads)
-  {
+  run_parallel(threads, [&] {
     const TileConfiguration tiles;
     const WeightsWorkspace<Real, Element> workspace =
         workspaces.make(omp_get_thread_num(), p, heads);
@@ -116,5 +115,5 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
       weights_block<T>(p, to, group / per_batch, group % per_batch * heads, heads, block,
                        workspace);
     }
-  }
+  });
 }
