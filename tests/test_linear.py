@@ -42,8 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(implementation, "_product", product)
     monkeypatch.setattr(implementation, "_SMALLEST_PRODUCT", 0)
-    monkeypatch.setattr(implementation, "_SMALLEST_OF_FEW_ROWS", 0)
-    monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_OF_FEW_ROWS", {implementation._vendor: 0})
+    monkeypatch.setattr(implementation, "_SMALLEST_OF_FEW_ROWS", {implementation._vendor: 0})
     monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_GRADIENT", 0)
     return seen
 
@@ -269,11 +268,6 @@ def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: lis
     assert few_rows == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1024)
     linear(torch.randn(16, 1024, requires_grad=True), weight)  # too small for our derivative
-    with monkeypatch.context() as patch:
-        larger = {implementation._vendor: 2**20 + 1}
-        patch.setattr(implementation, "_SMALLEST_WEIGHT_OF_FEW_ROWS", larger)
-        linear(torch.randn(16, 1024), weight)
-    assert few_rows == []
     linear(torch.randn(16, 1024), weight)
     assert few_rows == [16]
 

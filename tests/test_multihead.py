@@ -568,6 +568,28 @@ def test_compile_and_export(need_weights: bool) -> None:
         torch.testing.assert_close(program.module()(query, key, key, **options), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_jit_trace(batch_first: bool, need_weights: bool) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = MultiheadAttention(E, H, batch_first=batch_first)
+
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor | None, ...]:
+            out = self.attention(x, x, x, attn_mask=mask, need_weights=need_weights)
+            return out if need_weights else out[:1]
+
+    ours = Wrapped().eval()
+    causal = nn.Transformer.generate_square_subsequent_mask(L)
+    shape = (2, L, E) if batch_first else (L, 2, E)
+    traced = torch.jit.trace(ours, (torch.randn(shape), causal))
+    x, mask = torch.randn(shape), torch.randn(L, L)  # one that isn't causal
+    torch.testing.assert_close(traced(x, mask), ours(x, mask))
+
+
 def test_compile_with_a_causal_mask() -> None:
     ours = MultiheadAttention(E, H)
     tensor, mask = torch.randn(S, N, E), nn.Transformer.generate_square_subsequent_mask(S)
