@@ -11,6 +11,7 @@ __all__: list[str] = [
     "forward",
     "linear",
     "plain_forward",
+    "plain_forward_and_weights",
     "set_dtypes",
     "set_plain",
     "threads_for",
@@ -81,6 +82,21 @@ def plain_forward(
 ) -> typing.Any:
     """
     The output, or (out, lse); None, and nothing done, for tensors that need more than the kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.
+    """
+
+def plain_forward_and_weights(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    query: typing.Any,
+    key: typing.Any,
+    value: typing.Any,
+    scale: typing.Any,
+    causal: typing.SupportsInt | typing.SupportsIndex,
+    grouped: bool,
+    average: bool,
+) -> typing.Any:
+    """
+    As plain_forward: (out, weights), or None.
     """
 
 def set_dtypes(dtypes: tuple) -> None:

@@ -226,6 +226,11 @@ def attention_and_weights(
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` and the `attention_weights` that it used: arguments are checked once for both."""
+    if attn_mask is None and key_padding_mask is None and _is_zero(dropout_p, float):
+        mode = checked_causal(causal)
+        plain = ops.plain_attention_and_weights(query, key, value, mode, average)
+        if plain is not None:
+            return plain
     if _may_autocast():
         query, key, value, attn_mask, key_padding_mask = _autocast(
             query, key, value, attn_mask, key_padding_mask

@@ -45,15 +45,7 @@ def plain_attention(
     None otherwise, and nothing is checked then: `attention` does it. A small call's time is what
     Python spends on it, of which this takes a third.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not cpu.has_plain_forward
-        or not (type(query) is type(key) is type(value) is Tensor)
-        or dispatch.forced() not in (None, "cpu")
-        or _is_any_autocast_enabled()
-        or _is_transformed()
-        or forward_ad._current_level >= 0
-    ):
+    if not _may_be_plain(query, key, value):
         return None
     arguments = (query, key, value, scale, causal, grouped)
     if torch.is_grad_enabled() and (
@@ -64,6 +56,31 @@ def plain_attention(
         except _NotPlainError:
             return None
     return cpu.plain_forward(*arguments, False)
+
+
+def plain_attention_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
+) -> tuple[Tensor, Tensor] | None:
+    """As `plain_attention`, the output and the weights, where no gradient is wanted."""
+    if not _may_be_plain(query, key, value) or (
+        torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
+        return None
+    return cpu.plain_forward_and_weights(query, key, value, causal, average)
+
+
+def _may_be_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing but the tensors themselves can make a call more than a kernel's."""
+    return (
+        not torch.compiler.is_compiling()
+        and cpu.has_plain_forward
+        and type(query) is type(key) is type(value) is Tensor
+        and dispatch.forced() in (None, "cpu")
+        and not _is_any_autocast_enabled()
+        and not _is_transformed()
+        and forward_ad._current_level < 0
+    )
 
 
 def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Any]:

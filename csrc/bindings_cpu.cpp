@@ -48,6 +48,22 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
   return with_lse ? py::make_tuple(std::move(out), std::move(lse)) : std::move(out);
 }
 
+py::object plain_forward_and_weights(int index, int threads, py::handle query, py::handle key,
+                                     py::handle value, py::handle scale, int causal, bool grouped,
+                                     bool average) {
+  const auto p = plain_problem(query, key, value, scale, static_cast<Causal>(causal), grouped);
+  if (!p || p->query_heads == 0) return py::none();
+  py::object out = empty_for(query, *p), lse = lse_for(*p);
+  PlainWeights weights(query, *p, average);
+  const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
+  {
+    const py::gil_scoped_release release;
+    kernels(index).forward(*p, to, threads_for(threads, *p));
+    kernels(index).weights(*p, {to.lse, weights.view, average}, threads_for(threads, *p));
+  }
+  return py::make_tuple(std::move(out), std::move(weights.tensor));
+}
+
 void backward(int index, int threads, py::handle problem, py::handle dropout, py::object out,
               py::handle lse, py::object dout, py::handle dlse, py::handle dweights,
               double dweights_scale, py::handle dquery, py::handle dkey, py::handle dvalue,
@@ -110,6 +126,10 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("grouped"), py::arg("with_lse"),
         "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
         "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
+  m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
+        py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("scale"),
+        py::arg("causal"), py::arg("grouped"), py::arg("average"),
+        "As plain_forward: (out, weights), or None.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

@@ -182,4 +182,21 @@ inline py::object lse_for(const attn_ext::Problem& p) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(lse));
 }
 
+// The weights of a plain problem, (B, Hq, Lq, Lk) or averaged over heads (B, Lq, Lk).
+struct PlainWeights {
+  py::object tensor;
+  View view;
+
+  PlainWeights(py::handle query, const attn_ext::Problem& p, bool average) {
+    static const Name kNewEmpty("new_empty");
+    py::tuple shape = py::make_tuple(p.batch, p.query_heads, p.query_length, p.key_length);
+    if (average) shape = py::make_tuple(p.batch, p.query_length, p.key_length);
+    PyObject* made = PyObject_CallMethodOneArg(query.ptr(), kNewEmpty, shape.ptr());
+    if (!made) throw py::error_already_set();
+    tensor = py::reinterpret_steal<py::object>(made);
+    view = as_plain_view(tensor);
+    if (average) view = {view.data, {view.stride[0], 0, view.stride[1], view.stride[2]}};
+  }
+};
+
 }  // namespace attn_ext::bindings

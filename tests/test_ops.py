@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attn_ext
 from attn_ext.backends import cpu
+from attn_ext.functional import attention_and_weights
 from attn_ext.operators import split_arguments
 from attn_ext.problem import Problem
 
@@ -350,6 +351,33 @@ def test_sdpa_and_no_grad_are_plain_too(plain_calls: list[bool]) -> None:
     assert plain_calls == [True, True]
     with pytest.raises(ValueError, match="leading dimensions that broadcast"):
         sdpa(query, key, value)
+
+
+@needs_plain_calls
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_plain_calls_with_weights(
+    dtype: torch.dtype,
+    layout: str,
+    causal: str | None,
+    average: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for shapes in (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)), ((2, 3, 40, 16),) * 3):
+        inputs = [LAYOUTS[layout](torch.randn(shape, dtype=dtype)) for shape in shapes]
+        actual = attention_and_weights(*inputs, average=average, causal=causal)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "plain_forward_and_weights", lambda *_: None)
+            expected = attention_and_weights(*inputs, average=average, causal=causal)
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.stride() == other.stride()
+    inputs[0].requires_grad_()
+    assert attention_and_weights(*inputs, average=average)[1].requires_grad
+    none = torch.empty(1, 0, 3, 8)
+    assert attention_and_weights(none, none, none, average=True)[1].isnan().all()
 
 
 def not_plain() -> dict[str, tuple[Tensor, ...]]:

@@ -104,6 +104,16 @@ def plain_forward(
     return _cpu.plain_forward(*_settings(), query, key, value, scale, mode, grouped, with_lse)
 
 
+def plain_forward_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`forward` and `weights` at once, where `plain_forward` does something; else None."""
+    mode = CAUSAL_MODES.index(causal)
+    return _cpu.plain_forward_and_weights(
+        *_settings(), query, key, value, None, mode, True, average
+    )
+
+
 def backward(
     problem: Problem,
     out: Tensor,
