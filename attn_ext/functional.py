@@ -228,7 +228,7 @@ def attention_and_weights(
     """`attention` and the `attention_weights` that it used: arguments are checked once for both."""
     if attn_mask is None and key_padding_mask is None and _is_zero(dropout_p, float):
         mode = checked_causal(causal)
-        plain = ops.plain_attention_and_weights(query, key, value, mode, average)
+        plain = ops.plain_attention_and_weights(query, key, value, mode, bool(average))
         if plain is not None:
             return plain
     if _may_autocast():
@@ -308,7 +308,7 @@ def scaled_dot_product_attention(
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
     # Not through `attention`: a call of 17 arguments takes longer than the smallest kernel.
     if attn_mask is None and _is_zero(dropout_p, float):
-        plain = ops.plain_attention(query, key, value, scale, causal, enable_gqa)
+        plain = ops.plain_attention(query, key, value, scale, causal, bool(enable_gqa))
         if plain is not None:
             return plain
     leading = None

@@ -443,6 +443,17 @@ def test_plain_calls_leave_a_wrong_scale_to_the_checks(scale: Any) -> None:
         attn_ext.attention(*tensors(), scale=scale)
 
 
+def test_flags_need_not_be_bool(plain_calls: list[bool]) -> None:
+    query, key, value = tensors()
+    expected = attn_ext.attention(query, key, value, causal=True)
+    out = attn_ext.scaled_dot_product_attention(query, key, value, is_causal=1, enable_gqa="yes")  # type: ignore[arg-type]
+    assert torch.equal(out, expected)
+    with torch.no_grad():
+        weights = attention_and_weights(query, key, value, average="yes")[1]  # type: ignore[arg-type]
+    assert weights.dim() == 3
+    assert all(plain_calls)
+
+
 def test_a_whole_number_is_a_scale() -> None:
     inputs = tensors()
     expected = attn_ext.attention(*inputs, scale=2.0)
