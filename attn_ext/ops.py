@@ -27,6 +27,7 @@ from attn_ext.second_derivatives import (
 
 # Looked up once: small calls would spend a twentieth of their time on it.
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_count_of_function_modes = torch._C._len_torch_function_stack
 _count_of_dispatch_modes = torch._C._len_torch_dispatch_stack
 _level_of_transforms = torch._C._functorch.maybe_current_level
 _state_of_jit_trace = torch._C._get_tracing_state
@@ -78,6 +79,7 @@ def _may_be_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and type(query) is type(key) is type(value) is Tensor
         and dispatch.forced() in (None, "cpu")
         and not _is_any_autocast_enabled()
+        and _count_of_function_modes() == 0
         and not _is_transformed()
         and forward_ad._current_level < 0
     )

@@ -63,7 +63,8 @@ inline bool set_plain(py::object exchange_api, py::object empty_like,
   if (!PyCapsule_IsValid(exchange_api.ptr(), kName)) return false;
   const auto* api =
       static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), kName));
-  if (api->major_version != dlpack::kMajorVersion || !api->view) return false;
+  if (api->major_version != dlpack::kMajorVersion) return false;
+  if (!api->view || !api->allocate || !api->to_python) return false;
   plain.empty_like = empty_like.release().ptr();
   plain.empty_in_layout_of = empty_in_layout_of.release().ptr();
   plain.api = api;

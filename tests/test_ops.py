@@ -475,6 +475,8 @@ def test_states_of_pytorch_in_which_no_call_is_plain(plain_calls: list[bool]) ->
         check(attn_ext.attention(query, key, value))
     with Sizes():
         check(attn_ext.attention(query, key, value))
+    with torch.device("cpu"):  # a function mode
+        check(attn_ext.attention(query, key, value))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, torch.ones_like(query))
         assert forward_ad.unpack_dual(attn_ext.attention(dual, key, value)).tangent is not None

@@ -95,9 +95,9 @@ def plain_forward(
     grouped: bool,
     with_lse: bool,
 ) -> Any:
-    """`forward` without a Problem: out, or (out, lse), or None, and nothing done, if one is needed.
+    """`forward` without a Problem: out or (out, lse); or None, and nothing done.
 
-    None is needed where the three are dense CPU tensors that fit each other and `scale` is None or
+    It does something if the three are dense CPU tensors that fit each other, and `scale` is None or
     a finite float. `grouped`: query may have a multiple of key's heads.
     """
     mode = CAUSAL_MODES.index(causal)
