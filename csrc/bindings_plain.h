@@ -90,7 +90,7 @@ inline bool read_plain(py::handle tensor, dlpack::Tensor& read) {
     PyErr_Clear();
     return false;
   }
-  return read.device_type == dlpack::kCpu && read.dimensions == 4 &&
+  return read.data && read.device_type == dlpack::kCpu && read.dimensions == 4 &&
          (read.strides[3] == 1 || read.shape[3] <= 1) && call(tensor, kIsNeg).ptr() == Py_False;
 }
 

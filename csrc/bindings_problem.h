@@ -84,9 +84,12 @@ struct Sizes {
 };
 
 inline void* address_of(py::handle tensor) {
-  static const Name kDataPtr("data_ptr");
+  static const Name kDataPtr("data_ptr"), kNumel("numel");
   void* address = PyLong_AsVoidPtr(call(tensor, kDataPtr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (!address && as_int(call(tensor, kNumel).ptr()) != 0) {
+    throw py::value_error("every tensor must have memory, got one whose storage is empty");
+  }
   return address;
 }
 

@@ -443,6 +443,18 @@ def test_plain_calls_leave_a_wrong_scale_to_the_checks(scale: Any) -> None:
         attn_ext.attention(*tensors(), scale=scale)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_tensors_without_memory(backend: str | None, which: int) -> None:
+    freed = torch.randn(tensors()[which].shape)
+    freed.untyped_storage().resize_(0)
+    for without in (freed, torch._efficientzerotensor(freed.shape)):
+        inputs = tensors(grad=False)
+        inputs[which] = without
+        with pytest.raises(ValueError, match="must have memory"):
+            attn_ext.attention(*inputs, backend=backend)
+
+
 def test_flags_need_not_be_bool(plain_calls: list[bool]) -> None:
     query, key, value = tensors()
     expected = attn_ext.attention(query, key, value, causal=True)
