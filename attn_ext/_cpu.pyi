@@ -90,13 +90,11 @@ def plain_forward_and_weights(
     query: typing.Any,
     key: typing.Any,
     value: typing.Any,
-    scale: typing.Any,
     causal: typing.SupportsInt | typing.SupportsIndex,
-    grouped: bool,
     average: bool,
 ) -> typing.Any:
     """
-    As plain_forward: (out, weights), or None.
+    As plain_forward with the default scale: (out, weights), or None.
     """
 
 def set_dtypes(dtypes: tuple) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn_ext.backends import cpu
+from attn_ext.ops import is_transformed
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _BATCHED = torch._C._dispatch_key_parse("Batched")
@@ -223,10 +224,8 @@ def _in_plain_eager_mode() -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
-        and torch._C._functorch.maybe_current_level() is None
-        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and not is_transformed()
     )
 
 
@@ -250,10 +249,16 @@ _has_fast_kernel = (
     and hasattr(torch._C, "_get_fp32_precision_getter")
 )
 """Whether our own kernel wins on few rows: `_has_few_rows` tells which."""
-_has_fast_operator = (
-    _has_fast_kernel
-    and _vendor == "AuthenticAMD"
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
-"""Whether this PyTorch has the operator, and the processor is one where MKL stays with AVX2."""
+
+
+def _finds_fast_operator() -> bool:
+    """Whether this PyTorch has the operator, and the processor is one where MKL stays with AVX2."""
+    return (
+        _has_fast_kernel
+        and _vendor == "AuthenticAMD"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+_has_fast_operator = _finds_fast_operator()

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from attn_ext.functional import attention, attention_and_weights
 from attn_ext.linear import linear
+from attn_ext.ops import is_transformed
 from attn_ext.problem import LOWEST_ENTRY
 
 _LARGEST_COMPARED_MASK = 2**24
@@ -357,10 +358,8 @@ def _is_causal_mask(mask: Tensor) -> bool:
     """Whether a mask says just what causality says; False where looking is impossible or slow."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
         or type(mask) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or is_transformed()
         or mask.device.type != "cpu"  # looking would wait for the device
         or mask.requires_grad
         or mask.shape[:2] != (1, 1)

@@ -49,9 +49,7 @@ def plain_attention(
     if not _may_be_plain(query, key, value):
         return None
     arguments = (query, key, value, scale, causal, grouped)
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
+    if _want_gradients(query, key, value):
         try:
             return _record_plain_attention(*arguments)
         except _NotPlainError:
@@ -63,10 +61,7 @@ def plain_attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
 ) -> tuple[Tensor, Tensor] | None:
     """As `plain_attention`, the output and the weights, where no gradient is wanted."""
-    if not _may_be_plain(query, key, value) or (
-        torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-    ):
+    if not _may_be_plain(query, key, value) or _want_gradients(query, key, value):
         return None
     return cpu.plain_forward_and_weights(query, key, value, causal, average)
 
@@ -80,7 +75,7 @@ def _may_be_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and dispatch.forced() in (None, "cpu")
         and not _is_any_autocast_enabled()
         and _count_of_function_modes() == 0
-        and not _is_transformed()
+        and not is_transformed()
         and forward_ad._current_level < 0
     )
 
@@ -122,14 +117,23 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str
 
 
 def _needs_gradient(problem: Problem) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    mask, sinks = problem.attn_mask, problem.sinks
-    return (
-        problem.query.requires_grad
-        or problem.key.requires_grad
-        or problem.value.requires_grad
-        or (mask is not None and mask.requires_grad)
+    return _want_gradients(
+        problem.query, problem.key, problem.value, problem.attn_mask, problem.sinks
+    )
+
+
+def _want_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    return torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (attn_mask is not None and attn_mask.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
 
@@ -139,11 +143,11 @@ def _is_traced(problem: Problem) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(problem.query) not in (Tensor, torch.nn.Parameter)
-        or _is_transformed()
+        or is_transformed()
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a dispatch mode, a transform of torch.func or torch.jit.trace sees every operator."""
     return (
         _count_of_dispatch_modes() > 0
@@ -157,7 +161,7 @@ def _needs_forward_mode(problem: Problem, traced: bool, lse: Tensor | None = Non
     if traced:
         if torch.compiler.is_compiling():
             return False
-        if torch._C._functorch.maybe_current_level() is not None:
+        if _level_of_transforms() is not None:
             stack = torch._C._functorch.get_interpreter_stack() or ()
             return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
     if forward_ad._current_level < 0:

@@ -49,9 +49,8 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
 }
 
 py::object plain_forward_and_weights(int index, int threads, py::handle query, py::handle key,
-                                     py::handle value, py::handle scale, int causal, bool grouped,
-                                     bool average) {
-  const auto p = plain_problem(query, key, value, scale, static_cast<Causal>(causal), grouped);
+                                     py::handle value, int causal, bool average) {
+  const auto p = plain_problem(query, key, value, py::none(), static_cast<Causal>(causal), true);
   if (!p || p->query_heads == 0) return py::none();
   py::object out = empty_for(query, *p), lse = lse_for(*p);
   PlainWeights weights(query, *p, average);
@@ -127,9 +126,8 @@ PYBIND11_MODULE(_cpu, m) {
         "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
         "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
-        py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("scale"),
-        py::arg("causal"), py::arg("grouped"), py::arg("average"),
-        "As plain_forward: (out, weights), or None.");
+        py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("causal"),
+        py::arg("average"), "As plain_forward with the default scale: (out, weights), or None.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

@@ -211,12 +211,9 @@ def test_few_rows(
     assert few_rows == [math.prod(leading)]
     assert ours.shape == theirs.shape
     assert rms(ours - truth) <= 2 * rms(theirs - truth)
-
-
-@needs_operator
-def test_gradients_of_few_rows(calls: list[tuple[int, ...]], few_rows: list[int]) -> None:
-    assert_as_exact([x.requires_grad_() for x in (torch.randn(5, 176), torch.randn(67, 176))])
-    assert few_rows == [5]
+    assert_as_exact([None if x is None else x.requires_grad_() for x in arguments])
+    if implementation._has_fast_operator:  # with gradients, only large products are ours
+        assert len(few_rows) > 1
 
 
 @needs_kernel
@@ -268,6 +265,7 @@ def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: lis
     assert few_rows == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1024)
     linear(torch.randn(16, 1024, requires_grad=True), weight)  # too small for our derivative
+    assert few_rows == []
     linear(torch.randn(16, 1024), weight)
     assert few_rows == [16]
 
@@ -366,6 +364,7 @@ def test_without_the_operator(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
 ) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not implementation._finds_fast_operator()
     monkeypatch.setattr(implementation, "_has_fast_operator", False)
     arguments = operands(M)
     assert torch.equal(linear(*arguments), F.linear(*arguments))  # type: ignore[arg-type]

@@ -109,9 +109,7 @@ def plain_forward_and_weights(
 ) -> tuple[Tensor, Tensor] | None:
     """`forward` and `weights` at once, where `plain_forward` does something; else None."""
     mode = CAUSAL_MODES.index(causal)
-    return _cpu.plain_forward_and_weights(
-        *_settings(), query, key, value, None, mode, True, average
-    )
+    return _cpu.plain_forward_and_weights(*_settings(), query, key, value, mode, average)
 
 
 def backward(
