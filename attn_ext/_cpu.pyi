@@ -12,6 +12,7 @@ __all__: list[str] = [
     "linear",
     "plain_forward",
     "plain_forward_and_weights",
+    "plain_self_attention",
     "set_dtypes",
     "set_plain",
     "threads_for",
@@ -95,6 +96,23 @@ def plain_forward_and_weights(
 ) -> typing.Any:
     """
     As plain_forward with the default scale: (out, weights), or None.
+    """
+
+def plain_self_attention(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    tokens: typing.Any,
+    in_weight: typing.Any,
+    in_bias: typing.Any,
+    out_weight: typing.Any,
+    out_bias: typing.Any,
+    heads: typing.SupportsInt | typing.SupportsIndex,
+    batch_first: bool,
+    with_weights: bool,
+    average: bool,
+) -> typing.Any:
+    """
+    Multi-head self-attention with its projections: (out, weights or None); None, and nothing done, for tensors that need more than the kernels.
     """
 
 def set_dtypes(dtypes: tuple) -> None:

@@ -67,7 +67,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         not torch.compiler.is_compiling()
-        and _has_fast_kernel
+        and has_fast_kernel
         and type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
         and weight.dim() == 2
@@ -242,7 +242,7 @@ def _processor_vendor() -> str:
 
 _vendor = _processor_vendor()
 
-_has_fast_kernel = (
+has_fast_kernel = (
     torch.backends.cpu.get_cpu_capability() == "AVX512"
     and _vendor in _SMALLEST_OF_FEW_ROWS
     and torch.backends.mkl.is_available()
@@ -254,7 +254,7 @@ _has_fast_kernel = (
 def _finds_fast_operator() -> bool:
     """Whether this PyTorch has the operator, and the processor is one where MKL stays with AVX2."""
     return (
-        _has_fast_kernel
+        has_fast_kernel
         and _vendor == "AuthenticAMD"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -259,24 +259,29 @@ class Attend:
 _stock_linear_forward = torch.nn.Linear.forward
 
 
-def _out_projected(out_proj: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
-    """out_proj(out), and fast where that is nothing but a torch.nn.Linear without hooks."""
-    if (
-        isinstance(out_proj, torch.nn.Linear)
-        and type(out_proj) in (_OutProjection, torch.nn.Linear)
+def is_stock_linear(module: Any) -> bool:
+    """Whether a call of it is nothing but a torch.nn.Linear's product: no hooks, not compiled."""
+    return (
+        isinstance(module, torch.nn.Linear)
+        and type(module) in (_OutProjection, torch.nn.Linear)
         and not torch.compiler.is_compiling()
-        and type(out_proj).forward is _stock_linear_forward
+        and type(module).forward is _stock_linear_forward
         and not (
-            out_proj._forward_hooks
-            or out_proj._forward_pre_hooks
-            or out_proj._backward_hooks
-            or out_proj._backward_pre_hooks
-            or out_proj._compiled_call_impl is not None
-            or "forward" in out_proj.__dict__
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or module._compiled_call_impl is not None
+            or "forward" in module.__dict__
             or _has_any_global_hook()
         )
-    ):
-        return linear(out, out_proj.weight, out_proj.bias)
+    )
+
+
+def _out_projected(out_proj: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
+    """out_proj(out), and fast where that is nothing but a torch.nn.Linear without hooks."""
+    if is_stock_linear(out_proj):
+        return linear(out, out_proj.weight, out_proj.bias)  # type: ignore[attr-defined]
     return out_proj(out)
 
 

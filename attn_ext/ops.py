@@ -46,7 +46,7 @@ def plain_attention(
     None otherwise, and nothing is checked then: `attention` does it. A small call's time is what
     Python spends on it, of which this takes a third.
     """
-    if not _may_be_plain(query, key, value):
+    if not (type(query) is type(key) is type(value) is Tensor and is_plain_state()):
         return None
     arguments = (query, key, value, scale, causal, grouped)
     if _want_gradients(query, key, value):
@@ -61,17 +61,18 @@ def plain_attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
 ) -> tuple[Tensor, Tensor] | None:
     """As `plain_attention`, the output and the weights, where no gradient is wanted."""
-    if not _may_be_plain(query, key, value) or _want_gradients(query, key, value):
+    if not (type(query) is type(key) is type(value) is Tensor and is_plain_state()):
+        return None
+    if _want_gradients(query, key, value):
         return None
     return cpu.plain_forward_and_weights(query, key, value, causal, average)
 
 
-def _may_be_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing but the tensors themselves can make a call more than a kernel's."""
+def is_plain_state() -> bool:
+    """Whether nothing but the tensors themselves can make a call more than a CPU kernel's."""
     return (
         not torch.compiler.is_compiling()
         and cpu.has_plain_forward
-        and type(query) is type(key) is type(value) is Tensor
         and dispatch.forced() in (None, "cpu")
         and not _is_any_autocast_enabled()
         and _count_of_function_modes() == 0

@@ -1,4 +1,5 @@
 // attn_ext._cpu: the CPU kernels for Python. The GIL is released while a kernel runs.
+#include "bindings_multihead.h"
 #include "bindings_plain.h"
 #include "bindings_problem.h"
 #include "cpu/kernels.h"
@@ -22,6 +23,12 @@ int threads_for(int available, const attn_ext::Problem& p) {
   const double pairs =
       static_cast<double>(p.batch) * static_cast<double>(rows) * static_cast<double>(p.key_length);
   return threads_for(available, 2 * pairs * static_cast<double>(p.head_dim + p.value_dim));
+}
+// Nothing is packed for each thread, so that half as much work pays for one as in attention.
+int threads_for(int available, const attn_ext::LinearArguments& a) {
+  const double products =
+      static_cast<double>(a.rows) * static_cast<double>(a.columns) * static_cast<double>(a.depth);
+  return threads_for(available, 2 * 2 * products);
 }
 
 const attn_ext::Kernels& kernels(int index) { return *attn_ext::all_kernels()[index]; }
@@ -63,6 +70,29 @@ py::object plain_forward_and_weights(int index, int threads, py::handle query, p
   return py::make_tuple(std::move(out), std::move(weights.tensor));
 }
 
+py::object plain_self_attention(int index, int threads, py::handle tokens, py::handle in_weight,
+                                py::handle in_bias, py::handle out_weight, py::handle out_bias,
+                                int64_t heads, bool batch_first, bool with_weights, bool average) {
+  const auto read = read_self_attention(tokens, in_weight, in_bias, out_weight, out_bias, heads);
+  if (!read) return py::none();
+  py::object out = empty_like(tokens);
+  const SelfAttention a(*read, as_plain_view(out), batch_first);
+  std::optional<PlainWeights> weights;
+  if (with_weights) weights.emplace(tokens, a.problem, average);
+  {
+    const py::gil_scoped_release release;
+    kernels(index).linear(a.in, threads_for(threads, a.in));
+    const attn_ext::Problem& p = a.problem;
+    kernels(index).forward(p, a.attention, threads_for(threads, p));
+    if (weights) {
+      const attn_ext::WeightsArguments to{a.attention.lse, weights->view, average};
+      kernels(index).weights(p, to, threads_for(threads, p));
+    }
+    kernels(index).linear(a.out, threads_for(threads, a.out));
+  }
+  return py::make_tuple(std::move(out), weights ? std::move(weights->tensor) : py::none());
+}
+
 void backward(int index, int threads, py::handle problem, py::handle dropout, py::object out,
               py::handle lse, py::object dout, py::handle dlse, py::handle dweights,
               double dweights_scale, py::handle dquery, py::handle dkey, py::handle dvalue,
@@ -91,12 +121,8 @@ void linear(int index, int threads, int64_t rows, py::handle input, py::handle w
   arguments.rows = rows, arguments.columns = shape.items[0], arguments.depth = shape.items[1];
   arguments.input = floats(input), arguments.weight = floats(weight);
   arguments.bias = bias.is_none() ? nullptr : floats(bias), arguments.out = floats(out);
-  const double products = static_cast<double>(rows) * static_cast<double>(arguments.columns) *
-                          static_cast<double>(arguments.depth);
-  const double flops = 2 * products;
   const py::gil_scoped_release release;
-  // Nothing is packed for each thread, so that half as much work pays for one as in attention.
-  kernels(index).linear(arguments, threads_for(threads, 2 * flops));
+  kernels(index).linear(arguments, threads_for(threads, arguments));
 }
 
 py::dict capabilities() {
@@ -128,6 +154,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
         py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("causal"),
         py::arg("average"), "As plain_forward with the default scale: (out, weights), or None.");
+  m.def("plain_self_attention", &plain_self_attention, py::arg("capability"), py::arg("threads"),
+        py::arg("tokens"), py::arg("in_weight"), py::arg("in_bias"), py::arg("out_weight"),
+        py::arg("out_bias"), py::arg("heads"), py::arg("batch_first"), py::arg("with_weights"),
+        py::arg("average"),
+        "Multi-head self-attention with its projections: (out, weights or None); None, and nothing "
+        "done, for tensors that need more than the kernels.");
   m.def("backward", &backward, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dlse"),
         py::arg("dweights"), py::arg("dweights_scale"), py::arg("dquery"), py::arg("dkey"),

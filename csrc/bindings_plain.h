@@ -82,21 +82,29 @@ inline std::optional<DType> as_dtype(dlpack::DataType type) {
   return std::nullopt;
 }
 
-// Reads a tensor, if it is a dense four-dimensional one in CPU memory, its last dimension
-// contiguous.
-inline bool read_plain(py::handle tensor, dlpack::Tensor& read) {
+// Reads a tensor, if it is a dense one in CPU memory.
+inline bool read_dense(py::handle tensor, dlpack::Tensor& read) {
   static const Name kIsNeg("is_neg");
   if (plain.api->view(tensor.ptr(), &read) != 0) {  // sparse, nested, batched or on no real device
     PyErr_Clear();
     return false;
   }
-  return read.data && read.device_type == dlpack::kCpu && read.dimensions == 4 &&
-         (read.strides[3] == 1 || read.shape[3] <= 1) && call(tensor, kIsNeg).ptr() == Py_False;
+  return read.data && read.device_type == dlpack::kCpu && call(tensor, kIsNeg).ptr() == Py_False;
+}
+
+// The same, if it has four dimensions and the last is contiguous.
+inline bool read_plain(py::handle tensor, dlpack::Tensor& read) {
+  return read_dense(tensor, read) && read.dimensions == 4 &&
+         (read.strides[3] == 1 || read.shape[3] <= 1);
+}
+
+inline void* address_of(const dlpack::Tensor& tensor) {
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 inline View as_view(const dlpack::Tensor& tensor) {
   View view;
-  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.data = address_of(tensor);
   std::copy_n(tensor.strides, tensor.dimensions, view.stride);
   return view;
 }
@@ -150,17 +158,21 @@ inline bool is_contiguous(const View& view, int64_t heads, int64_t rows, int64_t
          view.stride[0] == heads * rows * columns;
 }
 
+inline py::object empty_like(py::handle tensor) {
+  PyObject* made = PyObject_CallOneArg(plain.empty_like, tensor.ptr());
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
 // The output of a plain problem, in query's layout.
 inline py::object empty_for(py::handle query, const attn_ext::Problem& p) {
-  PyObject* out;
   if (p.value_dim == p.head_dim &&
       is_contiguous(p.query, p.query_heads, p.query_length, p.head_dim)) {
-    out = PyObject_CallOneArg(plain.empty_like, query.ptr());
-  } else {
-    const py::int_ columns(p.value_dim);
-    PyObject* arguments[] = {query.ptr(), columns.ptr()};
-    out = PyObject_Vectorcall(plain.empty_in_layout_of, arguments, 2, nullptr);
+    return empty_like(query);
   }
+  const py::int_ columns(p.value_dim);
+  PyObject* arguments[] = {query.ptr(), columns.ptr()};
+  PyObject* out = PyObject_Vectorcall(plain.empty_in_layout_of, arguments, 2, nullptr);
   if (!out) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(out);
 }

@@ -6,16 +6,19 @@ import copy
 import inspect
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_ext
-from attn_ext import MultiheadAttention, multihead_forward
+from attn_ext import MultiheadAttention, multihead, multihead_forward
+from attn_ext.backends import cpu
 
 N, L, S, E, H = 3, 5, 7, 12, 4
 INF = float("-inf")
@@ -405,6 +408,223 @@ def test_no_transpose_copies(batch_first: bool, which: str) -> None:
         out, _ = ours(*tensors, need_weights=False)
     assert copies.names == []
     assert out.is_contiguous()
+
+
+# --- Self-attention of few tokens without gradients, which is one native call
+
+
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that the native call was tried: whether it did something."""
+    seen: list[bool] = []
+    original = cpu.plain_self_attention
+
+    def plain_self_attention(*arguments: Any) -> Any:
+        result = original(*arguments)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cpu, "plain_self_attention", plain_self_attention)
+    monkeypatch.setattr(multihead, "has_fast_kernel", True)  # wins or not, it must be right
+    return seen
+
+
+needs_native_calls = pytest.mark.skipif(
+    not cpu.has_plain_forward, reason="this torch has no DLPack exchange API of C's"
+)
+
+
+def errors(
+    module: nn.MultiheadAttention, wide: nn.Module, x: Tensor, **options: Any
+) -> list[float]:
+    """Against the module in float64, of the output and of the weights if there are any."""
+    with torch.no_grad():
+        results, truth = module(x, x, x, **options), wide(*(x.double(),) * 3, **options)
+    assert [y is None for y in results] == [y is None for y in truth]
+    pairs = [(one, true) for one, true in zip(results, truth, strict=True) if true is not None]
+    assert [one.shape for one, _ in pairs] == [true.shape for _, true in pairs]
+    assert {one.dtype for one, _ in pairs} == {torch.float32}
+    return [rms(one - true) for one, true in pairs]
+
+
+@needs_native_calls
+@pytest.mark.parametrize("options", [{"need_weights": False}, {}, {"average_attn_weights": False}])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "capability", [name for name, there in cpu.capabilities().items() if there]
+)
+def test_few_tokens(
+    capability: str,
+    batch_first: bool,
+    bias: bool,
+    options: dict[str, Any],
+    native_calls: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "capability", capability)
+    shapes = [(1,), (5,), (16,), (1, 9), (9, 1), (3, 5), (5, 3), (2, 16), (1, 47), (4, 16)]
+    for width, heads in ((48, 3), (112, 1)):
+        stock, ours = pair(
+            embed_dim=width, num_heads=heads, batch_first=batch_first, bias=bias, dropout=0.5
+        )
+        stock.eval(), ours.eval()
+        wide = copy.deepcopy(stock).double()
+        for shape in shapes:
+            x = torch.randn(*shape, width)
+            theirs = errors(stock, wide, x, **options)
+            for error, other in zip(errors(ours, wide, x, **options), theirs, strict=True):
+                assert error <= 2 * other + 2**-24
+    assert native_calls == [True] * 2 * len(shapes)
+
+
+@needs_native_calls
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_tokens_on_several_threads(threads: int, native_calls: list[bool]) -> None:
+    stock, ours = pair(embed_dim=512, batch_first=True)
+    x = torch.randn(2, 31, 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            actual, weights = ours(x, x, x)
+        expected = stock(x, x, x)
+    finally:
+        torch.set_num_threads(before)
+    assert native_calls == [True]
+    assert actual.is_inference()
+    torch.testing.assert_close(actual, expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights, expected[1], atol=1e-5, rtol=1e-4)
+
+
+NOT_ONE_CALL: dict[str, Callable[[MultiheadAttention, Tensor], Any]] = {
+    "gradients": lambda module, x: module(x, x, x),
+    "a gradient of the input": lambda module, x: module.requires_grad_(False)(
+        *(x.requires_grad_(),) * 3
+    ),
+    "a mask": lambda module, x: module(x, x, x, attn_mask=torch.zeros(7, 7)),
+    "padding": lambda module, x: module(x, x, x, key_padding_mask=torch.zeros(2, 7).bool()),
+    "another key": lambda module, x: module(x, x.clone(), x),
+    "another value": lambda module, x: module(x, x, x.clone()),
+    "too many tokens": lambda module, x: module(*(x.repeat(5, 1, 1),) * 3),
+    "no tokens": lambda module, x: module(*(x[:0],) * 3),
+    "float64": lambda module, x: module.double()(*(x.double(),) * 3),
+    "a layout": lambda module, x: module(*(x.transpose(0, 1).contiguous().transpose(0, 1),) * 3),
+    "a weight's layout": lambda module, x: _with_transposed_weight(module)(x, x, x),
+    "a negated view": lambda module, x: module(*(torch.complex(x, x).conj().imag.clone()._neg_view(),) * 3),
+    "a subclass": lambda module, x: module(*(x.as_subclass(_Other),) * 3),
+    "autocast": lambda module, x: _within(torch.autocast("cpu"), module, x),
+    "a function mode": lambda module, x: _within(_NoFunctionMode(), module, x),
+    "a dispatch mode": lambda module, x: _within(Copies(), module, x),
+    "the reference": lambda module, x: _within(attn_ext.use_backend("reference"), module, x),
+    "vmap": lambda module, x: torch.func.vmap(lambda y: module(y, y, y, need_weights=False)[0])(x),
+    "a hook": lambda module, x: _with_hook(module)(x, x, x),
+    "another projection": lambda module, x: _with_projection(module)(x, x, x),
+    "no parameter": lambda module, x: _changed(module, "in_proj_weight", Tensor.clone)(x, x, x),
+    "no parameter of a bias": lambda module, x: _changed(module, "in_proj_bias", Tensor.clone)(x, x, x),
+    "no parameter of out_proj": lambda module, x: _changed(module, "out_proj.weight", Tensor.clone)(x, x, x),
+    "no parameter of out_proj's bias": lambda module, x: _changed(module, "out_proj.bias", Tensor.clone)(x, x, x),
+    "a parameter of a subclass": lambda module, x: _changed(module, "in_proj_weight", _as_other_parameter)(x, x, x),
+    "a bias of a subclass": lambda module, x: _changed(module, "out_proj.bias", _as_other_parameter)(x, x, x),
+}  # fmt: skip
+
+
+class _Other(Tensor):
+    pass
+
+
+class _NoFunctionMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _within(manager: Any, module: nn.Module, x: Tensor) -> Any:
+    with manager:
+        return module(x, x, x)
+
+
+def _with_transposed_weight(module: MultiheadAttention) -> MultiheadAttention:
+    module.in_proj_weight.data = module.in_proj_weight.data.t().contiguous().t()
+    return module
+
+
+def _with_hook(module: MultiheadAttention) -> MultiheadAttention:
+    module.out_proj.register_forward_hook(lambda _, __, out: out.clone())
+    return module
+
+
+def _with_projection(module: MultiheadAttention) -> MultiheadAttention:
+    module.out_proj = nn.Sequential(module.out_proj)  # type: ignore[assignment]
+    return module
+
+
+def _changed(
+    module: MultiheadAttention, name: str, change: Callable[[Tensor], Tensor]
+) -> MultiheadAttention:
+    """The module with what takes a parameter's place."""
+    *_, name = path = name.split(".")
+    owner = module.get_submodule(".".join(path[:-1]))
+    changed = change(getattr(owner, name).detach())
+    delattr(owner, name)
+    setattr(owner, name, changed)
+    return module
+
+
+def _as_other_parameter(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor.as_subclass(_Other))
+
+
+@needs_native_calls
+@pytest.mark.parametrize("name", NOT_ONE_CALL)
+def test_more_than_few_tokens(name: str, native_calls: list[bool]) -> None:
+    _, ours = pair(embed_dim=48, batch_first=True)
+    other = copy.deepcopy(ours)
+    x = torch.randn(2, 7, 48)
+    with torch.set_grad_enabled("gradient" in name):
+        NOT_ONE_CALL[name](ours.eval(), x)
+        assert not any(native_calls)
+        x = x.detach()
+        other.eval().requires_grad_(False)(x, x, x)
+    assert native_calls[-1:] == [True]
+
+
+@needs_native_calls
+def test_few_tokens_in_training_with_dropout(native_calls: list[bool]) -> None:
+    _, ours = pair(embed_dim=48, batch_first=True, dropout=0.5)
+    x = torch.randn(2, 7, 48)
+    with torch.no_grad():
+        assert not torch.equal(ours(x, x, x)[0], ours(x, x, x)[0])
+        assert native_calls == []
+        ours.eval()
+        assert torch.equal(ours(x, x, x)[0], ours(x, x, x)[0])
+    assert native_calls == [True, True]
+
+
+@needs_native_calls
+def test_few_tokens_with_more_in_the_module(native_calls: list[bool]) -> None:
+    x = torch.randn(2, 7, 48)
+    for options in ({"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 48, "vdim": 24}):
+        stock, ours = pair(embed_dim=48, batch_first=True, **options)
+        inputs = (x, x, x[..., :24]) if "vdim" in options else (x, x, x)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*inputs)[0], stock(*inputs)[0])
+    _, ours = pair(embed_dim=12)  # no multiple of 16
+    with torch.no_grad():
+        ours(*(torch.randn(2, 7, 12),) * 3)
+    assert native_calls == [False]
+
+
+@needs_native_calls
+def test_few_tokens_leave_complaints_to_the_checks(native_calls: list[bool]) -> None:
+    _, ours = pair(embed_dim=48, batch_first=True)
+    with torch.no_grad():
+        for wrong in (torch.randn(2, 7, 32), torch.randn(32), torch.tensor(1.0)):
+            with pytest.raises((AssertionError, RuntimeError)):
+                ours(wrong, wrong, wrong)
+        ours.out_proj.weight = nn.Parameter(torch.randn(48, 32))
+        with pytest.raises(RuntimeError):
+            ours(*(torch.randn(2, 7, 48),) * 3)
+    assert not any(native_calls)
 
 
 # --- Errors

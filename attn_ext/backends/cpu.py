@@ -112,6 +112,35 @@ def plain_forward_and_weights(
     return _cpu.plain_forward_and_weights(*_settings(), query, key, value, mode, average)
 
 
+def plain_self_attention(
+    tokens: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    batch_first: bool,
+    with_weights: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Multi-head self-attention with its projections, made for few tokens; or None, nothing done.
+
+    Args:
+        tokens: (L, E), (N, L, E) or, without `batch_first`, (L, N, E).
+        in_weight, in_bias: (3E, E) and (3E) or None.
+        out_weight, out_bias: (E, E) and (E) or None.
+        heads: how many.
+        with_weights: also return the weights, (N, L, L) if `average`, else (N, heads, L, L).
+
+    It does something if they are dense contiguous float32 CPU tensors that fit each other, and E is
+    a multiple of 16.
+    """
+    tensors = (tokens, in_weight, in_bias, out_weight, out_bias)
+    return _cpu.plain_self_attention(
+        *_settings(), *tensors, heads, batch_first, with_weights, average
+    )
+
+
 def backward(
     problem: Problem,
     out: Tensor,

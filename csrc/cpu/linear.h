@@ -1,11 +1,76 @@
 // Products of few rows with a weight, out (M, N) = input (M, K) weight (N, K)^T + bias (N), in
-// float32.
+// float32. The weight, which is the larger one, is read once and packed nowhere.
 //
-// Both operands are contiguous along the summed dimension, so a vector holds 16 of its neighbours
-// and nothing is packed: a tile of 4 rows by kLinearColumns<Real> columns keeps one accumulator for
-// each output, and their lanes are summed at the end, all at once. A block of columns meets every
-// row while it lies in the first cache, so that the weight, which is the larger one, is read once.
+// Where rows fill vectors, their lanes are rows: the input is transposed once, each number of the
+// weight multiplies a vector of it, and blocks of the output are transposed back (matmul.h). Fewer
+// rows take vectors along the summed dimension, along which both operands are contiguous: a tile
+// of kLinearRows rows by kLinearColumns<Real> columns has one accumulator for each output, whose
+// lanes are summed at the end, all at once.
 // Tested against float64 in tests/test_linear.py.
+
+// Where lanes are rows: columns that are computed at a time, and how long the sums are that others
+// are made of: short ones, lest rounding errors exceed those of sums in many lanes.
+template <typename Real>
+constexpr int64_t kLinearBlock = kLanes<Real>;
+constexpr int64_t kLinearDepth = 64;
+
+// packed[k][row], rows beyond the last being zeros.
+template <typename Real>
+CacheLines<Real> transposed_input(const LinearArguments& a, int64_t lanes) {
+  constexpr int64_t kW = kLanes<Real>;
+  CacheLines<Real> packed = allocate_lines<Real>(a.depth * lanes);
+  for (int64_t row = 0; row < lanes; row += kW) {
+    for (int64_t k = 0; k < a.depth; k += kW) {
+      Vec<Real> block[kW] = {};
+      for (int64_t i = 0; i < std::min(kW, a.rows - row); ++i) {
+        block[i] = load(a.input + (row + i) * a.depth + k);
+      }
+      transpose<Real>(block);
+      for (int64_t i = 0; i < kW; ++i) store<Real>(packed.get() + (k + i) * lanes + row, block[i]);
+    }
+  }
+  return packed;
+}
+
+// sums[column][row] as rows of the output.
+template <typename Real>
+void store_linear(const LinearArguments& a, const Real* sums, int64_t lanes, int64_t column) {
+  constexpr int64_t kW = kLanes<Real>;
+  const int64_t columns = std::min(kLinearBlock<Real>, a.columns - column);
+  const Vec<Real> bias = a.bias ? load_some(a.bias + column, columns) : Vec<Real>{};
+  for (int64_t row = 0; row < a.rows; row += kW) {
+    Vec<Real> block[kW];
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kW; ++j) block[j] = load(sums + j * lanes + row);
+    transpose<Real>(block);
+    for (int64_t i = 0; i < std::min(kW, a.rows - row); ++i) {
+      store_some(a.out + (row + i) * a.columns + column, block[i] + bias, columns);
+    }
+  }
+}
+
+template <typename Real>
+void linear_by_rows(const LinearArguments& a, int threads) {
+  const int64_t lanes = padded<Real>(a.rows);
+  const CacheLines<Real> input = transposed_input<Real>(a, lanes);
+  const CacheLines<Real> sums = allocate_lines<Real>(threads * kLinearBlock<Real> * lanes);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t column = 0; column < a.columns; column += kLinearBlock<Real>) {
+    const int64_t columns = std::min(kLinearBlock<Real>, a.columns - column);
+    Real* block = sums.get() + omp_get_thread_num() * kLinearBlock<Real> * lanes;
+    const Real* weight = a.weight + column * a.depth;
+    const int64_t next = std::min(kLinearBlock<Real>, a.columns - column - columns) * a.depth;
+    const int64_t bytes = next * static_cast<int64_t>(sizeof(Real));
+    Ahead ahead(Upcoming(weight + columns * a.depth, bytes, bytes, 1).in_haste(true));
+    Into<Real> into{block, lanes};
+    into.ahead = &ahead;
+    for (int64_t k = 0; k < a.depth; k += kLinearDepth, into.accumulate = true) {
+      multiply<false>(columns, lanes / kLanes<Real>, std::min(kLinearDepth, a.depth - k),
+                      weight + k, a.depth, input.get() + k * lanes, lanes, into);
+    }
+    store_linear<Real>(a, block, lanes, column);
+  }
+}
 
 constexpr int kLinearRows = 4;
 template <typename Real>
@@ -45,6 +110,7 @@ void linear_tile(const LinearArguments& a, int64_t row, int64_t column) {
 
 template <typename Real>
 void linear(const LinearArguments& a, int threads) {
+  if (2 * a.rows > kLanes<Real>) return linear_by_rows<Real>(a, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t column = 0; column < a.columns; column += kLinearColumns<Real>) {
     for (int64_t row = 0; row < a.rows; row += kLinearRows) linear_tile<Real>(a, row, column);
