@@ -38,6 +38,9 @@ END
 "$root/.venv/bin/python" -m pytest -n auto --maxprocesses 8 -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
   "$root/tests/test_contract.py" \
   -k "(float32 or other_dtypes or garbage or strides) and not reference and not cuda_emulated"
+# The ways to the kernels that don't go through a Problem.
+"$root/.venv/bin/python" -m pytest -n auto --maxprocesses 8 -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+  "$root"/tests/test_{ops,multihead,linear}.py -k "plain and not calls_give or few"
 
 # float32 throughout, and the kernels that only halves have, of both kinds. Compiled before a sanitizer is preloaded.
 selected="cuda_emulated-800 and (test_case_in_float32 and (-everything or -causal_window) or \

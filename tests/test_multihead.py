@@ -836,7 +836,9 @@ def test_per_sample_gradients() -> None:
     torch.testing.assert_close(gradients(ours), gradients(stock), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("dropout", "need_weights"), itertools.product([0.0, 0.4], [False, True]))
+@pytest.mark.parametrize(
+    ("dropout", "need_weights"), list(itertools.product([0.0, 0.4], [False, True]))
+)
 def test_second_derivatives_and_forward_mode(dropout: float, need_weights: bool) -> None:
     ours = MultiheadAttention(4, 2, dropout=dropout, dtype=torch.float64)
     mask = torch.randn(3, 3, dtype=torch.float64)
