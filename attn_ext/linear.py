@@ -32,10 +32,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn_ext.backends import cpu
-from attn_ext.ops import is_transformed
+from attn_ext.ops import is_batched, is_transformed
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_BATCHED = torch._C._dispatch_key_parse("Batched")
 _SMALLEST_PRODUCT = 2**21
 """M * N * K for each thread from which the operator wins: a call costs 12 µs, and one of MKL 2."""
 _SMALLEST_OF_FEW_ROWS = {"AuthenticAMD": 2**20, "GenuineIntel": 3 * 2**20}
@@ -142,7 +141,7 @@ def _is_fast_gradient(dout: Tensor, other: Tensor) -> bool:
     """
     return (
         not torch.is_grad_enabled()
-        and not torch._C._dispatch_keys(dout).has(_BATCHED)
+        and not is_batched(dout)
         and _is_plain(dout)
         and _is_plain(other)
         and _in_plain_eager_mode()

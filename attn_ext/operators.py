@@ -193,16 +193,26 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     _save(ctx, inputs, *output)
 
 
+def attention_gradients(arguments: Any, saved: Any, mask_gradient: bool) -> Gradients:
+    """By the operator `attention_backward`.
+
+    Args:
+        arguments: of the operator `attention`.
+        saved: out, lse, dout and dlse.
+        mask_gradient: whether the mask's is wanted.
+    """
+    tensors, options = arguments[:_TENSOR_COUNT], arguments[_TENSOR_COUNT:]
+    grads = call("attention_backward", *tensors, *saved, mask_gradient, *options)
+    dq, dk, dv, dmask, dsinks = grads
+    mask = dmask if mask_gradient else None
+    return Gradients(dq, dk, dv, mask, None if tensors[6] is None else dsinks)
+
+
 def _attention_gradient(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     inputs, (out, lse) = _saved(ctx)
-    tensors, options = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT:]
-    mask_gradient = ctx.needs_input_grad[3]
-    dq, dk, dv, dmask, dsinks = call(
-        "attention_backward", *tensors, out, lse, dout, dlse, mask_gradient, *options
-    )
-    mask = dmask if mask_gradient else None
-    sinks = None if tensors[6] is None else dsinks
-    return (dq, dk, dv, mask, None, None, sinks, None, *(None,) * _OPTION_COUNT)
+    grads = attention_gradients(inputs, (out, lse, dout, dlse), ctx.needs_input_grad[3])
+    dq, dk, dv, dmask, dsinks = grads
+    return (dq, dk, dv, dmask, None, None, dsinks, None, *(None,) * _OPTION_COUNT)
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -222,16 +232,24 @@ def _attention_second_gradient(ctx: Any, *second_gradients: Tensor) -> tuple[Any
     )
 
 
-def _weights_gradient(ctx: Any, dweights: Tensor) -> tuple[Any, ...]:
-    inputs, _ = _saved(ctx)
-    tensors, (lse, average) = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT : _TENSOR_COUNT + 2]
-    options = inputs[_TENSOR_COUNT + 2 :]
-    mask_gradient = ctx.needs_input_grad[3]
+def weights_gradients(
+    arguments: Any, lse: Tensor, dweights: Tensor, average: bool, mask_gradient: bool
+) -> WeightsGradients:
+    """As `attention_gradients`, by the operator `attention_weights_backward`."""
+    tensors, options = arguments[:_TENSOR_COUNT], arguments[_TENSOR_COUNT:]
     dq, dk, dmask, dlse = call(
         "attention_weights_backward", *tensors, lse, dweights, average, mask_gradient, *options
     )
-    mask = dmask if mask_gradient else None
-    return (dq, dk, None, mask, *(None,) * 4, dlse, None, *(None,) * _OPTION_COUNT)
+    return WeightsGradients(dq, dk, dmask if mask_gradient else None, dlse)
+
+
+def _weights_gradient(ctx: Any, dweights: Tensor) -> tuple[Any, ...]:
+    inputs, _ = _saved(ctx)
+    lse, average = inputs[_TENSOR_COUNT : _TENSOR_COUNT + 2]
+    arguments = (*inputs[:_TENSOR_COUNT], *inputs[_TENSOR_COUNT + 2 :])
+    grads = weights_gradients(arguments, lse, dweights, average, ctx.needs_input_grad[3])
+    dq, dk, dmask, dlse = grads
+    return (dq, dk, None, dmask, *(None,) * 4, dlse, None, *(None,) * _OPTION_COUNT)
 
 
 def _weights_second_gradient(ctx: Any, *second_gradients: Tensor) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from attn_ext import dispatch
 from attn_ext.backends import cpu, reference
-from attn_ext.operators import call, split_arguments
+from attn_ext.operators import attention_gradients, call, split_arguments, weights_gradients
 from attn_ext.problem import Problem, default_scale
 from attn_ext.second_derivatives import (
     differentiable_inputs,
@@ -31,6 +31,7 @@ _count_of_function_modes = torch._C._len_torch_function_stack
 _count_of_dispatch_modes = torch._C._len_torch_dispatch_stack
 _level_of_transforms = torch._C._functorch.maybe_current_level
 _state_of_jit_trace = torch._C._get_tracing_state
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def plain_attention(
@@ -157,6 +158,14 @@ def is_transformed() -> bool:
     )
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is one of the many that torch.autograd.grad's is_grads_batched makes look as one.
+
+    Operators have a rule for those; they have no memory of their own.
+    """
+    return torch._C._dispatch_keys(tensor).has(_BATCHED)
+
+
 def _needs_forward_mode(problem: Problem, traced: bool, lse: Tensor | None = None) -> bool:
     """Whether tangents flow through: torch.func.jvp, jacfwd, hessian, or dual tensors."""
     if traced:
@@ -240,6 +249,12 @@ class _PlainAttention(torch.autograd.Function):
         return (*grads[:3], None, None, None)
 
 
+def _as_arguments(problem: Problem, module: Any) -> tuple[Any, ...]:
+    """Those of the operator `attention`, to be run by a backend."""
+    tensors, options = split_arguments(problem, module.__name__.rpartition(".")[2])
+    return (*tensors, *options)
+
+
 def _gradients(
     problem: Problem,
     module: Any,
@@ -250,6 +265,9 @@ def _gradients(
     mask_gradient: bool,
 ) -> Any:
     """A backend's backward pass, differentiable in its turn where that is asked for."""
+    if is_batched(dout) or (dlse is not None and is_batched(dlse)):
+        saved = (out, lse, dout, dlse)
+        return attention_gradients(_as_arguments(problem, module), saved, mask_gradient)
     arguments = (out, lse, dout, dlse, mask_gradient)
     if torch.is_grad_enabled():
         return _AttentionBackward.apply(*problem.tensors, *arguments, problem.settings, module)
@@ -299,7 +317,11 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, dweights: Tensor) -> Any:
         *tensors, lse = ctx.saved_tensors
         mask_gradient = ctx.needs_input_grad[2]
-        if torch.is_grad_enabled():
+        grads: Any
+        if is_batched(dweights):
+            arguments = _as_arguments(Problem(*tensors, *ctx.settings), ctx.module)
+            grads = weights_gradients(arguments, lse, dweights, ctx.average, mask_gradient)
+        elif torch.is_grad_enabled():
             grads = _WeightsBackward.apply(
                 *tensors, lse, dweights, ctx.average, mask_gradient, ctx.settings, ctx.module
             )

@@ -120,6 +120,37 @@ def test_export(strict: bool) -> None:
     torch.testing.assert_close(program.module()(*inputs), function(*inputs, causal="lower_right"))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch's rule
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_many_gradients_at_once(name: str, backend: str) -> None:
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    inputs = tensors(torch.float64)
+    if "sinks" in options:
+        inputs += [options[key].requires_grad_() for key in ("attn_mask", "sinks")]
+    with attn_ext.use_backend(backend):
+        outputs = function(*inputs[:3], **options)
+    many = [torch.randn(6, *out.shape, dtype=out.dtype) for out in outputs]
+    arguments = {"retain_graph": True, "allow_unused": True}
+    for outs, directions in ((outputs, many), (outputs[:1], many[:1]), (outputs[2:], many[2:])):
+        actual = torch.autograd.grad(outs, inputs, directions, is_grads_batched=True, **arguments)
+        for index in range(6):
+            one = [direction[index] for direction in directions]
+            expected = torch.autograd.grad(outs, inputs, one, **arguments)
+            for ours, theirs in zip(actual, expected, strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None and theirs is not None:
+                    torch.testing.assert_close(ours[index], theirs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batched_derivatives_of_plain_calls() -> None:
+    check = {"check_batched_grad": True, "check_undefined_grad": False}
+    inputs = [x[:, :, :3].detach().requires_grad_() for x in tensors(torch.float64)]
+    assert torch.autograd.gradcheck(attn_ext.attention, inputs, **check)
+    assert torch.autograd.gradgradcheck(attn_ext.attention, inputs, **check)
+
+
 @pytest.mark.parametrize("name", ["plain", "mask and sinks"])
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 0, 2)])
 def test_vmap(name: str, in_dims: tuple[int | None, ...]) -> None:

@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(32, 128, 8, 1),
             64: _C(32, 128, 8),
             128: _C(16, 64, 8, 1),
-            256: _C(16, 32, 8, 1),
+            256: _C(16, 64, 8, 1),
         },
     },
     ("wgmma", 16): {
@@ -71,7 +71,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2),
             64: _C(128, 128, 8, 2),
             128: _C(64, 64, 4, 2),
-            256: _C(64, 32, 4),
+            256: _C(128, 64, 8, 1, True),
         },
         "backward_keys": {
             32: _C(64, 64, 4, 2),
@@ -97,13 +97,13 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 64, 8, 2, True),
             128: _C(64, 64, 8, 2, True),
-            256: _C(32, 32, 4),
+            256: _C(64, 64, 4, 1, True),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2, True),
             64: _C(64, 128, 8, 1, True),
             128: _C(64, 64, 8, 1, True),
-            256: _C(32, 32, 4),
+            256: _C(64, 16, 4, 1, True),
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 2, True),
@@ -199,14 +199,14 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
     "mma": {
         "dropout": {
             "forward": {64: _C(64, 64, 4), 128: _C(128, 64, 8)},
-            "backward_queries": {64: _C(128, 32, 4), 128: _C(128, 32, 8)},
+            "backward_queries": {64: _C(128, 32, 8), 128: _C(128, 32, 8)},
             "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
             "backward_atomic": {64: _C(32, 64, 8), 128: _C(32, 64, 8)},
         },
         "mask": {
             "forward": {64: _C(64, 64, 4), 128: _C(64, 128, 8)},
-            "backward_queries": {64: _C(128, 64, 8), 128: _C(32, 32, 4)},
-            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 16, 8)},
+            "backward_keys": {64: _C(16, 64, 4), 128: _C(64, 64, 8)},
             "backward_atomic": {64: _C(32, 64, 8), 128: _C(16, 64, 8)},
         },
     },
@@ -214,14 +214,14 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         "dropout": {
             "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
-            "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 128, 8)},
-            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 128, 8, 1, True)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(64, 32, 8, 1, True)},
         },
         "mask": {
             "forward": {64: _C(64, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4)},
-            "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 64, 4)},
-            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 64, 4, 1, True)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(16, 64, 4)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
         },
     },
     "tcgen05": {
@@ -229,13 +229,13 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 64, 4), 128: _C(128, 64, 4)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
-            "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 128, 8)},
         },
         "mask": {
             "forward": {64: _C(128, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 64, 8)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
-            "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 64, 4)},
+            "backward_atomic": {64: _C(32, 128, 4), 128: _C(16, 128, 8)},
         },
     },
     "rdna": {
@@ -247,6 +247,19 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "forward": {64: _C(128, 16, 8), 128: _C(128, 32, 8)},
             "backward_queries": {64: _C(64, 32)},
         },
+    },
+}
+# Of halves on one architecture whose compiler makes spills, or memory room, where its family's does
+# not: by kernel, what every pair has, and width.
+_ALONE: dict[str, dict[tuple[str, str | None, int], Configuration]] = {
+    "sm_80": {
+        ("backward_keys", None, 256): _C(64, 32, 8),
+        ("backward_atomic", None, 256): _C(16, 32, 8),
+    },
+    "sm_120": {
+        ("backward_queries", None, 256): _C(16, 64, 4),
+        ("backward_queries", "dropout", 128): _C(32, 64, 4),
+        ("backward_queries", "mask", 128): _C(16, 64, 4),
     },
 }
 _ONE_PASS_RDNA_FLOAT32 = {
@@ -265,11 +278,11 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
         ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
     "mask_gradient": {
-        ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 64)},
-        ("mma", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(32, 64), 256: _C(64, 32)},
+        ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(64, 32, 8)},
+        ("mma", 16): {32: _C(64, 64), 64: _C(128, 64, 8), 128: _C(32, 64), 256: _C(32, 64, 8)},
         ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
         ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
-        ("nvidia", 32): {32: _C(32, 64), 64: _C(32, 64), 128: _C(16, 32), 256: _C(16, 32)},
+        ("nvidia", 32): {32: _C(32, 64), 64: _C(32, 64, 8), 128: _C(16, 32), 256: _C(16, 32)},
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
         ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
@@ -314,10 +327,15 @@ def configuration_of(
         by_family = _ONE_PASS[kernel]
         return (by_family.get((family, bits)) or by_family["", bits])[width]
     own = _TABLE[family, bits][kernel][width]
-    if laden is None or bits == 32:
+    if bits == 32:
+        return own
+    alone = _ALONE.get(architecture, {})
+    own = alone.get((kernel, None, width), own)
+    if laden is None:
         return own
     by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
-    return by_width.get(max(width, 64), own._replace(num_stages=1))
+    shared = by_width.get(max(width, 64), own._replace(num_stages=1))
+    return alone.get((kernel, laden, width), shared)
 
 
 def candidates_of(
