@@ -76,6 +76,8 @@ def plain_forward(
     query: typing.Any,
     key: typing.Any,
     value: typing.Any,
+    attn_mask: typing.Any,
+    key_padding_mask: typing.Any,
     scale: typing.Any,
     causal: typing.SupportsInt | typing.SupportsIndex,
     grouped: bool,
@@ -91,6 +93,8 @@ def plain_forward_and_weights(
     query: typing.Any,
     key: typing.Any,
     value: typing.Any,
+    attn_mask: typing.Any,
+    key_padding_mask: typing.Any,
     causal: typing.SupportsInt | typing.SupportsIndex,
     average: bool,
 ) -> typing.Any:

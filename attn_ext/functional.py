@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from attn_ext import ops
 from attn_ext.dispatch import Explanation, explain_problem
-from attn_ext.problem import Problem, checked_causal
+from attn_ext.problem import Problem, checked_causal, resolved
 
 Window = tuple[int | None, int | None] | int | None
 
@@ -97,9 +97,7 @@ def attention(
     (arXiv:2112.05682).
     """
     if (
-        attn_mask is None
-        and key_padding_mask is None
-        and window is None
+        window is None
         and softcap is None
         and alibi_slopes is None
         and sinks is None
@@ -109,7 +107,8 @@ def attention(
         and _is_zero(q_start, int)
         and _is_zero(k_start, int)
     ):
-        plain = ops.plain_attention(query, key, value, scale, checked_causal(causal), True)
+        tensors = (query, key, value, attn_mask, key_padding_mask)
+        plain = ops.plain_attention(*tensors, scale, checked_causal(causal), True)
         if plain is not None:
             return plain
     if _may_autocast():
@@ -210,6 +209,7 @@ def attention_weights(
         _, lse = ops.attention(problem, backend)
     else:
         _check_lse(lse, problem)
+        lse = resolved(lse)
     return ops.attention_weights(problem.replace(sinks=None), lse, average, backend)
 
 
@@ -226,9 +226,9 @@ def attention_and_weights(
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` and the `attention_weights` that it used: arguments are checked once for both."""
-    if attn_mask is None and key_padding_mask is None and _is_zero(dropout_p, float):
-        mode = checked_causal(causal)
-        plain = ops.plain_attention_and_weights(query, key, value, mode, bool(average))
+    if _is_zero(dropout_p, float):
+        tensors = (query, key, value, attn_mask, key_padding_mask)
+        plain = ops.plain_attention_and_weights(*tensors, checked_causal(causal), bool(average))
         if plain is not None:
             return plain
     if _may_autocast():
@@ -307,8 +307,9 @@ def scaled_dot_product_attention(
         lower_right = attn_mask.variant is CausalVariant.LOWER_RIGHT
         causal, attn_mask = ("lower_right" if lower_right else "upper_left"), None
     # Not through `attention`: a call of 17 arguments takes longer than the smallest kernel.
-    if attn_mask is None and _is_zero(dropout_p, float):
-        plain = ops.plain_attention(query, key, value, scale, causal, bool(enable_gqa))
+    if _is_zero(dropout_p, float):
+        tensors = (query, key, value, attn_mask, None)
+        plain = ops.plain_attention(*tensors, scale, causal, bool(enable_gqa))
         if plain is not None:
             return plain
     leading = None

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from attn_ext import dispatch
 from attn_ext.backends import cpu, reference
 from attn_ext.operators import attention_gradients, call, split_arguments, weights_gradients
-from attn_ext.problem import Problem, default_scale
+from attn_ext.problem import Problem, as_four_dimensional, default_scale
 from attn_ext.second_derivatives import (
     differentiable_inputs,
     second_derivative,
@@ -38,6 +38,8 @@ def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
     scale: float | None,
     causal: str | None,
     grouped: bool,
@@ -47,9 +49,9 @@ def plain_attention(
     None otherwise, and nothing is checked then: `attention` does it. A small call's time is what
     Python spends on it, of which this takes a third.
     """
-    if not (type(query) is type(key) is type(value) is Tensor and is_plain_state()):
+    if not _are_plain(query, key, value, attn_mask, key_padding_mask):
         return None
-    arguments = (query, key, value, scale, causal, grouped)
+    arguments = (query, key, value, attn_mask, key_padding_mask, scale, causal, grouped)
     if _want_gradients(query, key, value):
         try:
             return _record_plain_attention(*arguments)
@@ -59,14 +61,38 @@ def plain_attention(
 
 
 def plain_attention_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    causal: str | None,
+    average: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """As `plain_attention`, the output and the weights, where no gradient is wanted."""
-    if not (type(query) is type(key) is type(value) is Tensor and is_plain_state()):
+    tensors = (query, key, value, attn_mask, key_padding_mask)
+    if not _are_plain(*tensors) or _want_gradients(query, key, value):
         return None
-    if _want_gradients(query, key, value):
-        return None
-    return cpu.plain_forward_and_weights(query, key, value, causal, average)
+    return cpu.plain_forward_and_weights(*tensors, causal, average)
+
+
+def _are_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> bool:
+    """Whether nothing in sight makes a call of these more than a CPU kernel's."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and (attn_mask is None or (type(attn_mask) is Tensor and not attn_mask.requires_grad))
+        and (
+            key_padding_mask is None
+            or (type(key_padding_mask) is Tensor and not key_padding_mask.requires_grad)
+        )
+        and is_plain_state()
+    )
 
 
 def is_plain_state() -> bool:
@@ -228,25 +254,29 @@ class _PlainAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
         scale: float | None,
         causal: str | None,
         grouped: bool,
     ) -> Tensor:
-        result = cpu.plain_forward(query, key, value, scale, causal, grouped, True)
+        tensors = (query, key, value, attn_mask, key_padding_mask)
+        result = cpu.plain_forward(*tensors, scale, causal, grouped, True)
         if result is None:
             raise _NotPlainError
         out, lse = result
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(*tensors, out, lse)
         ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, padding, out, lse = ctx.saved_tensors
         scale = default_scale(query.shape[3]) if ctx.scale is None else ctx.scale
-        problem = Problem(query, key, value, causal=ctx.causal, scale=scale)
+        problem = Problem(query, key, value, key_padding_mask=padding, causal=ctx.causal)
+        problem.scale, problem.attn_mask = scale, as_four_dimensional(attn_mask)
         grads = _gradients(problem, cpu, out, lse, dout, None, False)
-        return (*grads[:3], None, None, None)
+        return (*grads[:3], None, None, None, None, None)
 
 
 def _as_arguments(problem: Problem, module: Any) -> tuple[Any, ...]:

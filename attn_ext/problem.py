@@ -206,9 +206,8 @@ class Problem:
         batch, query_heads, query_length, _ = query.shape
         key_length = self.key_length
         if attn_mask is not None:
-            self.attn_mask = _checked_mask(
-                attn_mask, query, (batch, query_heads, query_length, key_length)
-            )
+            shape = (batch, query_heads, query_length, key_length)
+            self.attn_mask = resolved(_checked_mask(attn_mask, query, shape))
         if key_padding_mask is not None:
             _check_mask_tensor("key_padding_mask", key_padding_mask, query)
             if key_padding_mask.shape != (batch, key_length):
@@ -217,7 +216,7 @@ class Problem:
                     f"{(batch, key_length)}, "
                     f"got {tuple(key_padding_mask.shape)}"
                 )
-            self.key_padding_mask = key_padding_mask
+            self.key_padding_mask = resolved(key_padding_mask)
         if alibi_slopes is not None:
             _check_tensor("alibi_slopes", alibi_slopes, query)
             if alibi_slopes.shape not in ((query_heads,), (batch, query_heads)):
@@ -226,7 +225,7 @@ class Problem:
                     "query heads) "
                     f"= {(batch, query_heads)}, got {tuple(alibi_slopes.shape)}"
                 )
-            self.alibi_slopes = alibi_slopes.to(self.compute_dtype)
+            self.alibi_slopes = resolved(alibi_slopes).to(self.compute_dtype)
         if sinks is not None:
             _check_tensor("sinks", sinks, query)
             if sinks.shape != (query_heads,):
@@ -234,7 +233,12 @@ class Problem:
                     f"sinks must have shape (query heads,) = {(query_heads,)}, got "
                     f"{tuple(sinks.shape)}"
                 )
-            self.sinks = sinks
+            self.sinks = resolved(sinks)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A view that negates what it shows, as `x.conj().imag` does, as what it shows."""
+    return tensor.resolve_neg() if not torch.compiler.is_compiling() and tensor.is_neg() else tensor
 
 
 def default_scale(head_dim: int) -> float:
@@ -350,7 +354,12 @@ def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, int, int, int])
             f"{shape}, "
             f"got shape {tuple(mask.shape)}"
         )
-    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+    return as_four_dimensional(mask)
+
+
+def as_four_dimensional(mask: Any) -> Any:
+    """A mask of fewer dimensions as one that broadcasts alike; None stays."""
+    return mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def _checked_probability(dropout_p: float) -> float:

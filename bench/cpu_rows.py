@@ -336,16 +336,18 @@ def inference_rows() -> Iterator[Row]:
 
 def overhead_rows() -> Iterator[Row]:
     """So little work that a call's own cost is what remains."""
-    for requires_grad in (False, True):
+    for requires_grad, masked in itertools.product((False, True), repeat=2):
 
-        def prepare(requires_grad: bool = requires_grad) -> Work:
+        def prepare(requires_grad: bool = requires_grad, masked: bool = masked) -> Work:
             x = tensors_of(TINY, torch.float32, requires_grad)
+            mask = torch.ones(TINY[2], TINY[2], dtype=torch.bool) if masked else None
             return Work(
-                lambda: attn_ext.scaled_dot_product_attention(*x),
-                lambda: F.scaled_dot_product_attention(*x),
+                lambda: attn_ext.scaled_dot_product_attention(*x, mask),
+                lambda: F.scaled_dot_product_attention(*x, mask),
             )
 
         name = f"call of {TINY} float32, {'with' if requires_grad else 'without'} requires_grad"
+        name += ", bool mask" if masked else ""
         yield Row("overhead", name, {"extra microseconds": 5.0}, prepare)
 
 

@@ -78,7 +78,8 @@ struct WeightsArguments {
 };
 
 // out (rows, columns) = input (rows, depth) weight (columns, depth)^T + bias (columns); all float32
-// and contiguous, depth a multiple of 16.
+// and contiguous, depth a multiple of kDepthMultiple.
+constexpr int64_t kDepthMultiple = 16;
 struct LinearArguments {
   int64_t rows, columns, depth;
   const float *input, *weight;

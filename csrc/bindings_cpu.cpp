@@ -42,8 +42,10 @@ void forward(int index, int threads, py::handle problem, py::handle dropout, py:
 }
 
 py::object plain_forward(int index, int threads, py::handle query, py::handle key, py::handle value,
-                         py::handle scale, int causal, bool grouped, bool with_lse) {
-  const auto p = plain_problem(query, key, value, scale, static_cast<Causal>(causal), grouped);
+                         py::handle attn_mask, py::handle key_padding_mask, py::handle scale,
+                         int causal, bool grouped, bool with_lse) {
+  const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, scale,
+                                static_cast<Causal>(causal), grouped});
   if (!p) return py::none();
   py::object out = empty_for(query, *p), lse = py::none();
   if (with_lse) lse = lse_for(*p);
@@ -56,8 +58,10 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
 }
 
 py::object plain_forward_and_weights(int index, int threads, py::handle query, py::handle key,
-                                     py::handle value, int causal, bool average) {
-  const auto p = plain_problem(query, key, value, py::none(), static_cast<Causal>(causal), true);
+                                     py::handle value, py::handle attn_mask,
+                                     py::handle key_padding_mask, int causal, bool average) {
+  const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, py::none(),
+                                static_cast<Causal>(causal), true});
   if (!p || p->query_heads == 0) return py::none();
   py::object out = empty_for(query, *p), lse = lse_for(*p);
   PlainWeights weights(query, *p, average);
@@ -76,21 +80,23 @@ py::object plain_self_attention(int index, int threads, py::handle tokens, py::h
   const auto read = read_self_attention(tokens, in_weight, in_bias, out_weight, out_bias, heads);
   if (!read) return py::none();
   py::object out = empty_like(tokens);
-  const SelfAttention a(*read, as_plain_view(out), batch_first);
+  const SelfAttention call(*read, as_plain_view(out), batch_first);
+  const attn_ext::Problem& p = call.problem;
   std::optional<PlainWeights> weights;
-  if (with_weights) weights.emplace(tokens, a.problem, average);
+  if (with_weights) weights.emplace(tokens, p, average);
   {
     const py::gil_scoped_release release;
-    kernels(index).linear(a.in, threads_for(threads, a.in));
-    const attn_ext::Problem& p = a.problem;
-    kernels(index).forward(p, a.attention, threads_for(threads, p));
+    kernels(index).linear(call.in, threads_for(threads, call.in));
+    kernels(index).forward(p, call.attention, threads_for(threads, p));
     if (weights) {
-      const attn_ext::WeightsArguments to{a.attention.lse, weights->view, average};
+      const attn_ext::WeightsArguments to{call.attention.lse, weights->view, average};
       kernels(index).weights(p, to, threads_for(threads, p));
     }
-    kernels(index).linear(a.out, threads_for(threads, a.out));
+    kernels(index).linear(call.out, threads_for(threads, call.out));
   }
-  return py::make_tuple(std::move(out), weights ? std::move(weights->tensor) : py::none());
+  if (!weights) return py::make_tuple(std::move(out), py::none());
+  if (!read->batched) weights->tensor = weights->tensor.attr("squeeze")(0);
+  return py::make_tuple(std::move(out), std::move(weights->tensor));
 }
 
 void backward(int index, int threads, py::handle problem, py::handle dropout, py::object out,
@@ -147,13 +153,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_plain", &set_plain, py::arg("exchange_api"), py::arg("empty_like"),
         py::arg("empty_in_layout_of"), "Prepare plain_forward; whether it can be used.");
   m.def("plain_forward", &plain_forward, py::arg("capability"), py::arg("threads"),
-        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("scale"), py::arg("causal"),
-        py::arg("grouped"), py::arg("with_lse"),
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
+        py::arg("key_padding_mask"), py::arg("scale"), py::arg("causal"), py::arg("grouped"),
+        py::arg("with_lse"),
         "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
         "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
-        py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("causal"),
-        py::arg("average"), "As plain_forward with the default scale: (out, weights), or None.");
+        py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("attn_mask"), py::arg("key_padding_mask"), py::arg("causal"), py::arg("average"),
+        "As plain_forward with the default scale: (out, weights), or None.");
   m.def("plain_self_attention", &plain_self_attention, py::arg("capability"), py::arg("threads"),
         py::arg("tokens"), py::arg("in_weight"), py::arg("in_bias"), py::arg("out_weight"),
         py::arg("out_bias"), py::arg("heads"), py::arg("batch_first"), py::arg("with_weights"),

@@ -31,11 +31,12 @@ inline bool read_contiguous(py::handle tensor, dlpack::Tensor& read) {
   return true;
 }
 
-// The address of a contiguous (rows, columns), or (rows) where columns are 0; else null.
-inline const float* read_sized(py::handle tensor, int64_t rows, int64_t columns = 0) {
+// The address of a contiguous tensor of these sizes; null for any other.
+template <int kDimensions>
+inline const float* read_sized(py::handle tensor, const int64_t (&sizes)[kDimensions]) {
   dlpack::Tensor read;
-  const bool fits = read_contiguous(tensor, read) && read.dimensions == (columns ? 2 : 1) &&
-                    read.shape[0] == rows && (!columns || read.shape[1] == columns);
+  const bool fits = read_contiguous(tensor, read) && read.dimensions == kDimensions &&
+                    std::equal(sizes, sizes + kDimensions, read.shape);
   return fits ? static_cast<const float*>(address_of(read)) : nullptr;
 }
 
@@ -45,19 +46,18 @@ inline std::optional<SelfAttentionTensors> read_self_attention(py::handle tokens
                                                                py::handle in_bias,
                                                                py::handle out_weight,
                                                                py::handle out_bias, int64_t heads) {
-  constexpr int64_t kWidths = 16;  // of LinearArguments' depth
   dlpack::Tensor x;
   if (!read_contiguous(tokens, x) || (x.dimensions != 2 && x.dimensions != 3)) return std::nullopt;
   SelfAttentionTensors t{};
   t.tokens = static_cast<const float*>(address_of(x)), t.batched = x.dimensions == 3;
   t.sizes[0] = t.batched ? x.shape[0] : 1, t.sizes[1] = x.shape[x.dimensions - 2];
   t.width = x.shape[x.dimensions - 1], t.heads = heads;
-  if (heads <= 0 || t.width % heads || t.width % kWidths) return std::nullopt;
-  t.in_weight = read_sized(in_weight, 3 * t.width, t.width);
-  t.out_weight = read_sized(out_weight, t.width, t.width);
+  if (heads <= 0 || t.width % heads || t.width % kDepthMultiple) return std::nullopt;
+  t.in_weight = read_sized(in_weight, {3 * t.width, t.width});
+  t.out_weight = read_sized(out_weight, {t.width, t.width});
   if (!t.in_weight || !t.out_weight) return std::nullopt;
-  if (!in_bias.is_none() && !(t.in_bias = read_sized(in_bias, 3 * t.width))) return std::nullopt;
-  if (!out_bias.is_none() && !(t.out_bias = read_sized(out_bias, t.width))) return std::nullopt;
+  if (!in_bias.is_none() && !(t.in_bias = read_sized(in_bias, {3 * t.width}))) return std::nullopt;
+  if (!out_bias.is_none() && !(t.out_bias = read_sized(out_bias, {t.width}))) return std::nullopt;
   return t;
 }
 
@@ -69,11 +69,11 @@ class SelfAttention {
   ForwardArguments attention;
 
   SelfAttention(const SelfAttentionTensors& t, const View& to, bool batch_first) {
-    const bool rows_of_batch = batch_first || !t.batched;  // else batches of rows
+    const bool batch_leads = batch_first || !t.batched;
     attn_ext::Problem& p = problem;
     p.dtype = DType::kFloat32;
-    p.batch = t.sizes[rows_of_batch ? 0 : 1];
-    p.query_length = p.key_length = t.sizes[rows_of_batch ? 1 : 0];
+    p.batch = t.sizes[batch_leads ? 0 : 1];
+    p.query_length = p.key_length = t.sizes[batch_leads ? 1 : 0];
     p.query_heads = p.key_heads = t.heads;
     p.head_dim = p.value_dim = t.width / t.heads;
     p.scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
@@ -83,21 +83,22 @@ class SelfAttention {
     const auto count = static_cast<size_t>(tokens * (4 * t.width + t.heads));
     memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), kLine)));
     float* projected = memory_.get();
-    float* heads = projected + tokens * 3 * t.width;
-    float* lse = heads + tokens * t.width;
-    // (batch, head, row, column) of a row for each token, `width` numbers each.
+    float* attended = projected + tokens * 3 * t.width;
+    float* lse = attended + tokens * t.width;
+    // (batch, head, row, column), `width` numbers for each token.
+    const int64_t batch_stride = batch_leads ? p.query_length : 1;
+    const int64_t row_stride = batch_leads ? 1 : p.batch;
     const auto by_token = [&](float* data, int64_t width) {
-      const int64_t batches = rows_of_batch ? p.query_length : 1;
-      const int64_t rows = rows_of_batch ? 1 : p.batch;
-      return View{data, {batches * width, p.head_dim, rows * width, 1}};
+      return View{data, {batch_stride * width, p.head_dim, row_stride * width, 1}};
     };
     p.query = by_token(projected, 3 * t.width);
     p.key = by_token(projected + t.width, 3 * t.width);
     p.value = by_token(projected + 2 * t.width, 3 * t.width);
-    attention.out = by_token(heads, t.width);
+    attention.out = by_token(attended, t.width);
     attention.lse = {lse, {t.heads * p.query_length, p.query_length, 1, 0}};
     in = {tokens, 3 * t.width, t.width, t.tokens, t.in_weight, t.in_bias, projected};
-    out = {tokens, t.width, t.width, heads, t.out_weight, t.out_bias, static_cast<float*>(to.data)};
+    out = {
+        tokens, t.width, t.width, attended, t.out_weight, t.out_bias, static_cast<float*>(to.data)};
   }
 
  private:

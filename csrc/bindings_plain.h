@@ -1,5 +1,5 @@
-// The shortest way from three tensors to a kernel, for a call that asks for nothing more: what a
-// small call costs is mostly Python, which would look at every tensor through its methods.
+// The shortest way from tensors to a kernel, for a call that asks for little more: what a small
+// call costs is mostly Python, which would look at every tensor through its methods.
 //
 // Tensors are read through DLPack's C exchange API (DLPack 1.3; torch 2.10 and newer have it),
 // whose structures are an interface between binaries and are spelled out here as its specification
@@ -17,8 +17,8 @@ namespace attn_ext::bindings {
 namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;                 // of its device types
-constexpr uint8_t kFloat = 2, kBfloat = 4;  // of its type codes
+constexpr int32_t kCpu = 1;                            // of its device types
+constexpr uint8_t kFloat = 2, kBfloat = 4, kBool = 6;  // of its type codes
 
 struct DataType {
   uint8_t code, bits;
@@ -79,7 +79,12 @@ inline std::optional<DType> as_dtype(dlpack::DataType type) {
   if (is(dlpack::kBfloat, 16)) return DType::kBFloat16;
   if (is(dlpack::kFloat, 16)) return DType::kFloat16;
   if (is(dlpack::kFloat, 64)) return DType::kFloat64;
+  if (is(dlpack::kBool, 8)) return DType::kBool;
   return std::nullopt;
+}
+
+inline void* address_of(const dlpack::Tensor& tensor) {
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 // Reads a tensor, if it is a dense one in CPU memory.
@@ -89,17 +94,14 @@ inline bool read_dense(py::handle tensor, dlpack::Tensor& read) {
     PyErr_Clear();
     return false;
   }
-  return read.data && read.device_type == dlpack::kCpu && call(tensor, kIsNeg).ptr() == Py_False;
+  return read.device_type == dlpack::kCpu && has_memory(tensor, address_of(read)) &&
+         call(tensor, kIsNeg).ptr() == Py_False;
 }
 
 // The same, if it has four dimensions and the last is contiguous.
 inline bool read_plain(py::handle tensor, dlpack::Tensor& read) {
   return read_dense(tensor, read) && read.dimensions == 4 &&
          (read.strides[3] == 1 || read.shape[3] <= 1);
-}
-
-inline void* address_of(const dlpack::Tensor& tensor) {
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 inline View as_view(const dlpack::Tensor& tensor) {
@@ -119,37 +121,80 @@ inline View as_plain_view(py::handle made) {
 
 enum class Causal { kNone = 0, kUpperLeft = 1, kLowerRight = 2 };
 
-// The problem of three plain tensors that fit each other; nothing otherwise. `scale` is a float, or
-// None for the default; `grouped`, whether a key head may serve several query heads.
-inline std::optional<attn_ext::Problem> plain_problem(py::handle query, py::handle key,
-                                                      py::handle value, py::handle scale,
-                                                      Causal causal, bool grouped) {
+// Reads a mask of a problem, if it is bool or of a dtype that can be added to its scores.
+inline bool read_mask(py::handle tensor, const attn_ext::Problem& p, dlpack::Tensor& read,
+                      View& mask) {
+  if (!read_dense(tensor, read)) return false;
+  const std::optional<DType> dtype = as_dtype(read.type);
+  const bool widened = dtype == DType::kFloat32 && p.dtype != DType::kFloat64;
+  if (dtype != DType::kBool && dtype != p.dtype && !widened) return false;
+  mask.data = address_of(read), mask.dtype = *dtype;
+  return true;
+}
+
+// (B, Hq, Lq, Lk), of which any size may be 1 and the first ones missing. Whether it fits.
+inline bool read_attn_mask(py::handle tensor, attn_ext::Problem& p) {
+  const int64_t sizes[] = {p.batch, p.query_heads, p.query_length, p.key_length};
+  dlpack::Tensor read;
+  if (!read_mask(tensor, p, read, p.mask) || read.dimensions > 4) return false;
+  for (int i = 0, place = 4 - read.dimensions; place < 4; ++i, ++place) {
+    if (read.shape[i] == 1) continue;  // broadcasts
+    if (read.shape[i] != sizes[place]) return false;
+    p.mask.stride[place] = read.strides[i];
+  }
+  return true;
+}
+
+// (B, Lk). Whether it fits.
+inline bool read_padding(py::handle tensor, attn_ext::Problem& p) {
+  dlpack::Tensor read;
+  if (!read_mask(tensor, p, read, p.key_mask) || read.dimensions != 2) return false;
+  p.key_mask.stride[0] = read.strides[0], p.key_mask.stride[3] = read.strides[1];
+  return read.shape[0] == p.batch && read.shape[1] == p.key_length;
+}
+
+// What a plain call is made of. `scale` is a float, or None for the default; `grouped`, whether a
+// key head may serve several query heads; masks may be None.
+struct PlainCall {
+  py::handle query, key, value, attn_mask, key_padding_mask, scale;
+  Causal causal;
+  bool grouped;
+};
+
+// The problem of plain tensors that fit each other; nothing otherwise.
+inline std::optional<attn_ext::Problem> plain_problem(const PlainCall& call) {
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // MAX_LENGTH of problem.py
   dlpack::Tensor q, k, v;
-  if (!read_plain(query, q) || !read_plain(key, k) || !read_plain(value, v)) return std::nullopt;
+  if (!read_plain(call.query, q) || !read_plain(call.key, k) || !read_plain(call.value, v)) {
+    return std::nullopt;
+  }
   const std::optional<DType> dtype = as_dtype(q.type);
-  if (!dtype || as_dtype(k.type) != dtype || as_dtype(v.type) != dtype) return std::nullopt;
+  if (!dtype || dtype == DType::kBool) return std::nullopt;
+  if (as_dtype(k.type) != dtype || as_dtype(v.type) != dtype) return std::nullopt;
   attn_ext::Problem p{};
   p.dtype = *dtype;
   p.batch = q.shape[0], p.query_heads = q.shape[1], p.query_length = q.shape[2];
   p.key_heads = k.shape[1], p.key_length = k.shape[2];
   p.head_dim = q.shape[3], p.value_dim = v.shape[3];
   const bool heads_fit = p.key_heads == p.query_heads ||
-                         (grouped && p.key_heads > 0 && p.query_heads % p.key_heads == 0);
+                         (call.grouped && p.key_heads > 0 && p.query_heads % p.key_heads == 0);
   const bool fit = k.shape[0] == p.batch && std::equal(k.shape, k.shape + 3, v.shape) &&
                    k.shape[3] == p.head_dim && p.head_dim > 0 && heads_fit &&
                    p.query_length <= kMaxLength && p.key_length <= kMaxLength &&
                    p.batch * p.query_heads <= kMaxLength;
   if (!fit) return std::nullopt;
+  if (!call.attn_mask.is_none() && !read_attn_mask(call.attn_mask, p)) return std::nullopt;
+  const py::handle padding = call.key_padding_mask;
+  if (!padding.is_none() && !read_padding(padding, p)) return std::nullopt;
   p.scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
-  if (!scale.is_none()) {
-    if (!PyFloat_CheckExact(scale.ptr())) return std::nullopt;
-    p.scale = PyFloat_AS_DOUBLE(scale.ptr());
+  if (!call.scale.is_none()) {
+    if (!PyFloat_CheckExact(call.scale.ptr())) return std::nullopt;
+    p.scale = PyFloat_AS_DOUBLE(call.scale.ptr());
     if (!std::isfinite(p.scale)) return std::nullopt;
   }
   p.query = as_view(q), p.key = as_view(k), p.value = as_view(v);
-  p.diagonal = causal == Causal::kLowerRight ? p.key_length - p.query_length : 0;
-  p.left = 2 * kFar, p.right = causal == Causal::kNone ? 2 * kFar : 0;
+  p.diagonal = call.causal == Causal::kLowerRight ? p.key_length - p.query_length : 0;
+  p.left = 2 * kFar, p.right = call.causal == Causal::kNone ? 2 * kFar : 0;
   return p;
 }
 

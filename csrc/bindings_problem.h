@@ -83,11 +83,22 @@ struct Sizes {
   }
 };
 
+// Whether the storage that a tensor's address points into was not freed, which leaves the tensor's
+// offset into it. Only an address that no offset reaches is known without asking.
+inline bool has_memory(py::handle tensor, const void* address) {
+  constexpr auto kBeyondOffsets = uintptr_t{1} << 40;
+  static const Name kOffset("storage_offset"), kSize("element_size");
+  const auto place = reinterpret_cast<uintptr_t>(address);
+  if (place >= kBeyondOffsets) return true;
+  const int64_t offset = as_int(call(tensor, kOffset).ptr()) * as_int(call(tensor, kSize).ptr());
+  return place != static_cast<uintptr_t>(offset);
+}
+
 inline void* address_of(py::handle tensor) {
   static const Name kDataPtr("data_ptr"), kNumel("numel");
   void* address = PyLong_AsVoidPtr(call(tensor, kDataPtr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (!address && as_int(call(tensor, kNumel).ptr()) != 0) {
+  if (!has_memory(tensor, address) && as_int(call(tensor, kNumel).ptr()) != 0) {
     throw py::value_error("every tensor must have memory, got one whose storage is empty");
   }
   return address;

@@ -166,3 +166,33 @@ def test_only_lse_is_used() -> None:
     key = torch.randn(2, 3, 7, 8, dtype=torch.float64)
     function = lambda q: attn_ext.attention(q, key, key, return_lse=True)[1]
     assert torch.autograd.gradcheck(function, query)
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["query", "key", "value", "attn_mask", "key_padding_mask", "alibi_slopes", "sinks", "lse"],
+)
+def test_views_that_negate(which: str) -> None:
+    """Of these a tensor's memory does not say what it holds."""
+    shapes = {
+        "query": (2, 4, 5, 8), "key": (2, 4, 7, 8), "value": (2, 4, 7, 6), "attn_mask": (1, 1, 5, 7),
+        "key_padding_mask": (2, 7), "alibi_slopes": (4,), "sinks": (4,),
+    }  # fmt: skip
+    arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def results(arguments: dict[str, Tensor], lse: Tensor | None) -> tuple[Tensor, ...]:
+        out, own = attn_ext.attention(**arguments, return_lse=True)
+        others = {name: x for name, x in arguments.items() if name != "value"}
+        weights = attn_ext.attention_weights(**others, lse=own if lse is None else lse)
+        return attn_ext.attention(**arguments), out, own, weights
+
+    lse = None
+    if which == "lse":
+        lse = torch.randn(2, 4, 5)
+        expected = results(arguments, lse)
+        lse = (-lse)._neg_view()
+    else:
+        expected = results(arguments, None)
+        arguments[which] = (-arguments[which])._neg_view()
+    for one, other in zip(results(arguments, lse), expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -511,13 +512,15 @@ NOT_ONE_CALL: dict[str, Callable[[MultiheadAttention, Tensor], Any]] = {
     "float64": lambda module, x: module.double()(*(x.double(),) * 3),
     "a layout": lambda module, x: module(*(x.transpose(0, 1).contiguous().transpose(0, 1),) * 3),
     "a weight's layout": lambda module, x: _with_transposed_weight(module)(x, x, x),
-    "a negated view": lambda module, x: module(*(torch.complex(x, x).conj().imag.clone()._neg_view(),) * 3),
+    "a negated view": lambda module, x: module(*(x._neg_view(),) * 3),
     "a subclass": lambda module, x: module(*(x.as_subclass(_Other),) * 3),
     "autocast": lambda module, x: _within(torch.autocast("cpu"), module, x),
     "a function mode": lambda module, x: _within(_NoFunctionMode(), module, x),
     "a dispatch mode": lambda module, x: _within(Copies(), module, x),
     "the reference": lambda module, x: _within(attn_ext.use_backend("reference"), module, x),
     "vmap": lambda module, x: torch.func.vmap(lambda y: module(y, y, y, need_weights=False)[0])(x),
+    "three weights": lambda module, x: _with_three_weights(module)(x, x, x),
+    "a subclass of the module": lambda module, x: _as_other_class(module)(x, x, x),
     "a hook": lambda module, x: _with_hook(module)(x, x, x),
     "another projection": lambda module, x: _with_projection(module)(x, x, x),
     "no parameter": lambda module, x: _changed(module, "in_proj_weight", Tensor.clone)(x, x, x),
@@ -533,6 +536,10 @@ class _Other(Tensor):
     pass
 
 
+class _OtherModule(MultiheadAttention):
+    pass
+
+
 class _NoFunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -545,6 +552,18 @@ def _within(manager: Any, module: nn.Module, x: Tensor) -> Any:
 
 def _with_transposed_weight(module: MultiheadAttention) -> MultiheadAttention:
     module.in_proj_weight.data = module.in_proj_weight.data.t().contiguous().t()
+    return module
+
+
+def _as_other_class(module: MultiheadAttention) -> MultiheadAttention:
+    module.__class__ = _OtherModule
+    return module
+
+
+def _with_three_weights(module: MultiheadAttention) -> MultiheadAttention:
+    module._qkv_same_embed_dim = False
+    for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        setattr(module, name, nn.Parameter(torch.randn(48, 48)))
     return module
 
 
@@ -621,10 +640,79 @@ def test_few_tokens_leave_complaints_to_the_checks(native_calls: list[bool]) -> 
         for wrong in (torch.randn(2, 7, 32), torch.randn(32), torch.tensor(1.0)):
             with pytest.raises((AssertionError, RuntimeError)):
                 ours(wrong, wrong, wrong)
-        ours.out_proj.weight = nn.Parameter(torch.randn(48, 32))
-        with pytest.raises(RuntimeError):
-            ours(*(torch.randn(2, 7, 48),) * 3)
+        x = torch.randn(2, 7, 48)
+        changes: list[Callable[[MultiheadAttention], Any]] = [
+            lambda module: setattr(module.out_proj, "weight", nn.Parameter(torch.randn(48, 32))),
+            lambda module: setattr(module, "embed_dim", 64),
+            lambda module: setattr(module, "bias_v", nn.Parameter(torch.randn(1, 1, 48))),
+            lambda module: setattr(module, "num_heads", 5),
+            lambda module: setattr(module, "num_heads", 2**70),
+            lambda module: setattr(module, "num_heads", 4.0),
+        ]
+        for change in changes:
+            other = copy.deepcopy(ours)
+            other(x, x, x)
+            assert native_calls.pop()
+            change(other)
+            with pytest.raises((AssertionError, RuntimeError, TypeError)) as complaint:
+                other(x, x, x)
+            assert "plain_self_attention" not in str(complaint.value)
     assert not any(native_calls)
+
+
+@needs_native_calls
+def test_few_tokens_without_memory(native_calls: list[bool]) -> None:
+    """Whose storage was freed, as those that sharding frees are, at its start and behind it."""
+    _, ours = pair(embed_dim=48, batch_first=True)
+    x = torch.randn(2, 7, 48)
+    with torch.no_grad():
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
+            for offset in (0, 64):
+                freed = copy.deepcopy(ours)
+                parameter = freed.get_parameter(name)
+                shape, count = parameter.shape, parameter.numel()
+                parameter.data = torch.randn(offset + count)[offset:].view(shape)
+                parameter.untyped_storage().resize_(0)
+                with pytest.raises(RuntimeError):
+                    freed(x, x, x)
+    assert not any(native_calls)
+
+
+@needs_native_calls
+def test_few_tokens_take_any_flag(native_calls: list[bool]) -> None:
+    _, ours = pair(embed_dim=48)
+    x = torch.randn(2, 7, 48)
+    with torch.no_grad():
+        for flag in (False, True):
+            ours.batch_first = flag
+            expected = ours(x, x, x, need_weights=True, average_attn_weights=True)
+            ours.batch_first = "yes" if flag else []  # type: ignore[assignment]
+            actual = ours(x, x, x, need_weights=1, average_attn_weights="yes")  # type: ignore[arg-type]
+            assert all(torch.equal(*both) for both in zip(actual, expected, strict=True))
+    assert native_calls == [True] * 4
+
+
+@needs_native_calls
+def test_tracing_sees_any_number_of_tokens(native_calls: list[bool]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = pair(embed_dim=48, batch_first=True)[1].eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model = Model()
+    few, many = torch.randn(2, 9, 48), torch.randn(2, 300, 48)
+    length = torch.export.Dim("length", min=2, max=512)
+    counter = CompileCounter()
+    with torch.no_grad():
+        program = torch.export.export(model, (few,), strict=True, dynamic_shapes=({1: length},))
+        compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+        for x in (few, many):
+            torch.testing.assert_close(program.module()(x), model(x))
+            torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
 
 
 # --- Errors

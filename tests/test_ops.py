@@ -384,6 +384,138 @@ def test_sdpa_and_no_grad_are_plain_too(plain_calls: list[bool]) -> None:
         sdpa(query, key, value)
 
 
+def plain_masks(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of the sizes (2, 4, 5, 7), by a name of what they are."""
+    kind = {"bool": torch.bool, "float32": torch.float32, "same dtype": dtype}[name.split(", ")[0]]
+    if dtype is torch.float64 and kind is torch.float32:
+        kind = dtype  # the only one that it takes
+    shapes = {
+        "full": (2, 4, 5, 7), "batch": (2, 1, 5, 7), "heads": (4, 1, 7), "rows": (1, 1, 5, 1), "matrix": (5, 7),
+        "columns": (7,), "one": (1, 1), "number": (), "padding": (2, 7), "both": (5, 7),
+    }  # fmt: skip
+    layout = name.split(", ")[1]
+
+    def make(*shape: int) -> Tensor:
+        return torch.rand(shape) < 0.7 if kind is torch.bool else torch.randn(shape, dtype=kind)
+
+    if layout == "expanded":
+        return {"attn_mask": make(1, 1, 5, 7).expand(2, 4, 5, 7)}
+    if layout == "transposed":
+        return {"attn_mask": make(7, 5).t(), "key_padding_mask": make(7, 2).t()}
+    if layout == "apart":
+        return {"attn_mask": make(5, 14)[:, ::2], "key_padding_mask": make(2, 14)[:, ::2]}
+    names = {"padding": ["key_padding_mask"], "both": ["attn_mask", "key_padding_mask"]}
+    sizes = {"attn_mask": shapes[layout], "key_padding_mask": (2, 7)}
+    return {which: make(*sizes[which]) for which in names.get(layout, ["attn_mask"])}
+
+
+MASK_LAYOUTS = ("full", "batch", "heads", "rows", "matrix", "columns", "one", "number", "padding", "both", "expanded",
+                "transposed", "apart")  # fmt: skip
+
+
+@needs_plain_calls
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", MASK_LAYOUTS)
+@pytest.mark.parametrize("kind", ["bool", "float32", "same dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_plain_calls_with_masks(
+    dtype: torch.dtype,
+    kind: str,
+    layout: str,
+    requires_grad: bool,
+    plain_calls: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks = plain_masks(f"{kind}, {layout}", dtype)
+    inputs = tensors(dtype, grad=False)
+    for causal in (None, "upper_left"):
+        options = {**masks, "causal": causal}
+        actual = outcome(attn_ext.attention, inputs, requires_grad, **options)
+        expected = outcome(attn_ext.attention, inputs, requires_grad, **options, backend="cpu")
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one, other)
+        if not requires_grad:
+            both = attention_and_weights(*inputs, average=True, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu, "plain_forward_and_weights", lambda *_: None)
+                others = attention_and_weights(*inputs, average=True, **options)
+            assert all(torch.equal(one, other) for one, other in zip(both, others, strict=True))
+    assert plain_calls == [True] * 2
+
+
+@needs_plain_calls
+def test_masks_of_sdpa_are_plain_too(plain_calls: list[bool]) -> None:
+    query, key, value = tensors(grad=False)
+    mask = torch.rand(2, 1, 5, 7) < 0.5
+    expected = attn_ext.attention(query, key, value, attn_mask=mask, backend="cpu")
+    sdpa = attn_ext.scaled_dot_product_attention
+    assert torch.equal(sdpa(query, key, value, mask, enable_gqa=True), expected)
+    assert plain_calls == [True]
+
+
+def masks_that_are_not_plain() -> dict[str, dict[str, Tensor]]:
+    mask = torch.randn(5, 7)
+    negative = torch.randn(5, 7, dtype=torch.complex64).conj().imag
+    return {
+        "a subclass": {"attn_mask": mask.as_subclass(type("Subclass", (Tensor,), {}))},
+        "a parameter": {"attn_mask": torch.nn.Parameter(mask)},
+        "a gradient": {"attn_mask": mask.clone().requires_grad_()},
+        "a gradient of the padding": {"key_padding_mask": torch.randn(2, 7).requires_grad_()},
+        "a negative view": {"attn_mask": negative},
+    }
+
+
+@pytest.mark.parametrize("name", masks_that_are_not_plain())
+def test_masks_that_are_not_plain(name: str, plain_calls: list[bool]) -> None:
+    masks = masks_that_are_not_plain()[name]
+    inputs = tensors()
+    actual = attn_ext.attention(*inputs, **masks)
+    expected = attn_ext.attention(*inputs, **masks, backend="reference")
+    torch.testing.assert_close(actual, expected)
+    assert not any(plain_calls)
+    leaves = [*inputs, *(mask for mask in masks.values() if mask.requires_grad)]
+    for one, other in zip(
+        torch.autograd.grad(actual.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"attn_mask": [[True] * 7] * 5},
+        {"attn_mask": torch.zeros(5, 6)},
+        {"attn_mask": torch.zeros(3, 1, 5, 7)},
+        {"attn_mask": torch.zeros(1, 1, 1, 5, 7)},
+        {"attn_mask": torch.zeros(5, 7).int()},
+        {"attn_mask": torch.zeros(5, 7).double()},
+        {"attn_mask": torch.zeros(5, 7).half()},
+        {"attn_mask": torch.zeros(5, 0)},
+        {"attn_mask": torch.zeros(5, 7).to_sparse()},
+        {"attn_mask": torch.zeros(5, 7, device="meta")},
+        {"key_padding_mask": torch.zeros(7)},
+        {"key_padding_mask": torch.zeros(1, 7)},
+        {"key_padding_mask": torch.zeros(2, 1)},
+        {"key_padding_mask": torch.zeros(2, 1, 7)},
+        {"key_padding_mask": torch.zeros(2, 7).long()},
+        {"key_padding_mask": "none"},
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_plain_calls_leave_complaints_about_masks(
+    masks: dict[str, Any], requires_grad: bool
+) -> None:
+    inputs = tensors(grad=requires_grad)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        attn_ext.attention(*inputs, **masks, backend="cpu")
+    with pytest.raises((TypeError, ValueError)) as actual:
+        attn_ext.attention(*inputs, **masks)
+    assert type(actual.value) is type(expected.value)
+    assert str(actual.value) == str(expected.value)
+
+
 @needs_plain_calls
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("causal", [None, "upper_left", "lower_right"])
@@ -449,6 +581,7 @@ def test_tensors_that_are_not_plain(
         lambda q, k, v: (q, k[:, :0], v[:, :0]),
         lambda q, k, v: (q.double(), k, v),
         lambda q, k, v: (q.int(), k.int(), v.int()),
+        lambda q, k, v: (q.detach() > 0, k.detach() > 0, v.detach() > 0),
         lambda q, k, v: (q[..., :0], k[..., :0], v),
         lambda q, k, v: (q, k, v.to_sparse()),
         lambda q, k, v: (q, k.to("meta"), v),
@@ -474,16 +607,23 @@ def test_plain_calls_leave_a_wrong_scale_to_the_checks(scale: Any) -> None:
         attn_ext.attention(*tensors(), scale=scale)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, "attn_mask", "key_padding_mask"])
 @pytest.mark.parametrize("backend", [None, "cpu"])
-def test_tensors_without_memory(backend: str | None, which: int) -> None:
-    freed = torch.randn(tensors()[which].shape)
-    freed.untyped_storage().resize_(0)
-    for without in (freed, torch._efficientzerotensor(freed.shape)):
+def test_tensors_without_memory(backend: str | None, which: int | str) -> None:
+    options = {"attn_mask": torch.randn(1, 1, 5, 7), "key_padding_mask": torch.randn(2, 7)}
+    shape = options[which].shape if isinstance(which, str) else tensors()[which].shape
+    freed = torch.randn(shape)
+    behind = torch.randn(64 + freed.numel())[64:].view(shape)  # whose address is not null
+    for tensor in (freed, behind):
+        tensor.untyped_storage().resize_(0)
+    for without in (freed, behind, torch._efficientzerotensor(shape)):
         inputs = tensors(grad=False)
-        inputs[which] = without
+        if isinstance(which, str):
+            options[which] = without
+        else:
+            inputs[which] = without
         with pytest.raises(ValueError, match="must have memory"):
-            attn_ext.attention(*inputs, backend=backend)
+            attn_ext.attention(*inputs, **options, backend=backend)
 
 
 def test_flags_need_not_be_bool(plain_calls: list[bool]) -> None:

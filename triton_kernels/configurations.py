@@ -249,19 +249,6 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         },
     },
 }
-# Of halves on one architecture whose compiler makes spills, or memory room, where its family's does
-# not: by kernel, what every pair has, and width.
-_ALONE: dict[str, dict[tuple[str, str | None, int], Configuration]] = {
-    "sm_80": {
-        ("backward_keys", None, 256): _C(64, 32, 8),
-        ("backward_atomic", None, 256): _C(16, 32, 8),
-    },
-    "sm_120": {
-        ("backward_queries", None, 256): _C(16, 64, 4),
-        ("backward_queries", "dropout", 128): _C(32, 64, 4),
-        ("backward_queries", "mask", 128): _C(16, 64, 4),
-    },
-}
 _ONE_PASS_RDNA_FLOAT32 = {
     32: _C(32, 16, 8),
     64: _C(32, 16, 8),
@@ -273,7 +260,12 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     "weights": {
         ("", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
         ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
-        ("nvidia", 32): {32: _C(64, 32), 64: _C(64, 32), 128: _C(16, 64), 256: _C(16, 32)},
+        ("nvidia", 32): {
+            32: _C(64, 32),
+            64: _C(128, 32, 8),
+            128: _C(128, 16, 8),
+            256: _C(16, 32),
+        },
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 32, 2)),
         ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
@@ -282,9 +274,30 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
         ("mma", 16): {32: _C(64, 64), 64: _C(128, 64, 8), 128: _C(32, 64), 256: _C(32, 64, 8)},
         ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
         ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
-        ("nvidia", 32): {32: _C(32, 64), 64: _C(32, 64, 8), 128: _C(16, 32), 256: _C(16, 32)},
+        ("nvidia", 32): {
+            32: _C(32, 64),
+            64: _C(32, 64, 8),
+            128: _C(32, 64, 8),
+            256: _C(16, 32),
+        },
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
         ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
+    },
+}
+# Of one architecture for which the compiler makes spills, or memory has room, where it does not for
+# the others of a family: by kernel, bits, width and what every pair has.
+_ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
+    "sm_80": {
+        ("backward_keys", 16, 256, None): _C(64, 32, 8),
+        ("backward_atomic", 16, 256, None): _C(16, 32, 8),
+        ("mask_gradient", 32, 128, None): _C(16, 32),
+    },
+    **dict.fromkeys(("sm_86", "sm_89"), {("mask_gradient", 32, 128, None): _C(16, 64)}),
+    "sm_100": {("mask_gradient", 32, 128, None): _C(16, 64, 8)},
+    "sm_120": {
+        ("backward_queries", 16, 256, None): _C(16, 64),
+        ("backward_queries", 16, 128, "dropout"): _C(32, 64),
+        ("backward_queries", 16, 128, "mask"): _C(16, 64),
     },
 }
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
@@ -320,22 +333,23 @@ def configuration_of(
     if architecture == "interpreter":
         return INTERPRETED
     width = max(width, 32)
-    family = family_of(architecture, bits)
     if kernel == "row_terms":
         return _ROW_TERMS[0]
     if kernel in _ONE_PASS:
+        laden = None
+    alone = _ALONE.get(architecture, {}).get((kernel, bits, width, laden))
+    if alone is not None:
+        return alone
+    family = family_of(architecture, bits)
+    if kernel in _ONE_PASS:
         by_family = _ONE_PASS[kernel]
         return (by_family.get((family, bits)) or by_family["", bits])[width]
-    own = _TABLE[family, bits][kernel][width]
-    if bits == 32:
-        return own
-    alone = _ALONE.get(architecture, {})
-    own = alone.get((kernel, None, width), own)
-    if laden is None:
-        return own
+    if laden is None or bits == 32:
+        return _TABLE[family, bits][kernel][width]
     by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
-    shared = by_width.get(max(width, 64), own._replace(num_stages=1))
-    return alone.get((kernel, laden, width), shared)
+    return by_width.get(max(width, 64)) or configuration_of(
+        kernel, architecture, bits, width
+    )._replace(num_stages=1)
 
 
 def candidates_of(

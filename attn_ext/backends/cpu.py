@@ -90,6 +90,8 @@ def plain_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
     scale: float | None,
     causal: str | None,
     grouped: bool,
@@ -97,19 +99,28 @@ def plain_forward(
 ) -> Any:
     """`forward` without a Problem: out or (out, lse); or None, and nothing done.
 
-    It does something if the three are dense CPU tensors that fit each other, and `scale` is None or
-    a finite float. `grouped`: query may have a multiple of key's heads.
+    It does something if they are dense CPU tensors that fit each other, masks as `attention` takes
+    them, and `scale` is None or a finite float. `grouped`: query may have a multiple of key's
+    heads.
     """
+    tensors = (query, key, value, attn_mask, key_padding_mask)
     mode = CAUSAL_MODES.index(causal)
-    return _cpu.plain_forward(*_settings(), query, key, value, scale, mode, grouped, with_lse)
+    return _cpu.plain_forward(*_settings(), *tensors, scale, mode, grouped, with_lse)
 
 
 def plain_forward_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, causal: str | None, average: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    causal: str | None,
+    average: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """`forward` and `weights` at once, where `plain_forward` does something; else None."""
+    tensors = (query, key, value, attn_mask, key_padding_mask)
     mode = CAUSAL_MODES.index(causal)
-    return _cpu.plain_forward_and_weights(*_settings(), query, key, value, mode, average)
+    return _cpu.plain_forward_and_weights(*_settings(), *tensors, mode, average)
 
 
 def plain_self_attention(
@@ -130,7 +141,8 @@ def plain_self_attention(
         in_weight, in_bias: (3E, E) and (3E) or None.
         out_weight, out_bias: (E, E) and (E) or None.
         heads: how many.
-        with_weights: also return the weights, (N, L, L) if `average`, else (N, heads, L, L).
+        with_weights: also return the weights, (N, L, L) if `average`, else (N, heads, L, L), or
+            without N.
 
     It does something if they are dense contiguous float32 CPU tensors that fit each other, and E is
     a multiple of 16.

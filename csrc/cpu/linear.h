@@ -8,10 +8,11 @@
 // lanes are summed at the end, all at once.
 // Tested against float64 in tests/test_linear.py.
 
-// Where lanes are rows: columns that are computed at a time, and how long the sums are that others
-// are made of: short ones, lest rounding errors exceed those of sums in many lanes.
+// Columns that are computed at a time where lanes are rows.
 template <typename Real>
 constexpr int64_t kLinearBlock = kLanes<Real>;
+// A sum there is one of sums of so many products, lest its rounding errors exceed those of a sum in
+// many lanes.
 constexpr int64_t kLinearDepth = 64;
 
 // packed[k][row], rows beyond the last being zeros.
@@ -32,7 +33,7 @@ CacheLines<Real> transposed_input(const LinearArguments& a, int64_t lanes) {
   return packed;
 }
 
-// sums[column][row] as rows of the output.
+// sums[column][row] as rows of the output; what is there beyond the last column goes nowhere.
 template <typename Real>
 void store_linear(const LinearArguments& a, const Real* sums, int64_t lanes, int64_t column) {
   constexpr int64_t kW = kLanes<Real>;
@@ -59,12 +60,14 @@ void linear_by_rows(const LinearArguments& a, int threads) {
     const int64_t columns = std::min(kLinearBlock<Real>, a.columns - column);
     Real* block = sums.get() + omp_get_thread_num() * kLinearBlock<Real> * lanes;
     const Real* weight = a.weight + column * a.depth;
+    // The next block's, one row after the other.
     const int64_t next = std::min(kLinearBlock<Real>, a.columns - column - columns) * a.depth;
     const int64_t bytes = next * static_cast<int64_t>(sizeof(Real));
     Ahead ahead(Upcoming(weight + columns * a.depth, bytes, bytes, 1).in_haste(true));
     Into<Real> into{block, lanes};
     into.ahead = &ahead;
-    for (int64_t k = 0; k < a.depth; k += kLinearDepth, into.accumulate = true) {
+    for (int64_t k = 0; k < a.depth; k += kLinearDepth) {
+      into.accumulate = k > 0;
       multiply<false>(columns, lanes / kLanes<Real>, std::min(kLinearDepth, a.depth - k),
                       weight + k, a.depth, input.get() + k * lanes, lanes, into);
     }
@@ -110,7 +113,8 @@ void linear_tile(const LinearArguments& a, int64_t row, int64_t column) {
 
 template <typename Real>
 void linear(const LinearArguments& a, int threads) {
-  if (2 * a.rows > kLanes<Real>) return linear_by_rows<Real>(a, threads);
+  const bool fill_lanes = 2 * a.rows > kLanes<Real>;  // or half of them, which takes as long
+  if (fill_lanes) return linear_by_rows<Real>(a, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t column = 0; column < a.columns; column += kLinearColumns<Real>) {
     for (int64_t row = 0; row < a.rows; row += kLinearRows) linear_tile<Real>(a, row, column);
