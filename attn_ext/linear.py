@@ -15,9 +15,9 @@ everything else, errors included, to F.linear. Both compute in float32 throughou
 order of their sums alone. oneDNN generates code for every new shape, which takes 0.2 ms once; it
 keeps the latest 1024.
 
-With a few rows reading the weight is most of the work, at which both are slow: a kernel of our own
-(csrc/cpu/linear.h) computes these. On Intel's processors with AVX-512, where MKL is fast otherwise,
-that is all that is done: an Emerald Rapids took 1.1 to 1.9 times as long without it.
+With a few rows both are slow: a kernel of our own (csrc/cpu/linear.h) computes these. On Intel's
+processors with AVX-512, where MKL is fast otherwise, that is all that is done: an Emerald Rapids
+took 1.1 to 1.9 times as long without it, and more on two threads.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _SMALLEST_PRODUCT = 2**21
 _SMALLEST_OF_FEW_ROWS = {"AuthenticAMD": 2**20, "GenuineIntel": 3 * 2**20}
 """M * N * K from which our own kernel wins, where it fits and no derivative is wanted, by the
 processor's vendor. MKL's call costs less on Intel's."""
-_FEW_ROWS = range(4, 17)
-"""How many rows our own kernel is for."""
+_FEW_ROWS = {"AuthenticAMD": range(4, 17), "GenuineIntel": range(4, 65)}
+"""How many rows our own kernel is for: more go to oneDNN on AMD's processors, to MKL on Intel's."""
 _SMALLEST_WEIGHT_GRADIENT = 2**22
 """The same for the gradient of a weight, which runs at three quarters of the operator's speed."""
 _FEWEST_ROWS = 4
@@ -162,7 +162,7 @@ def _has_few_rows(input: Tensor, weight: Tensor) -> bool:
     return (
         depth > 0
         and depth % 16 == 0
-        and input.numel() // depth in _FEW_ROWS
+        and input.numel() // depth in _FEW_ROWS[_vendor]
         and input.is_contiguous()
         and weight.is_contiguous()
         and not (input.is_neg() or weight.is_neg())

@@ -215,11 +215,15 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
-            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(64, 32, 8, 1, True)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
         },
         "mask": {
-            "forward": {64: _C(64, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
-            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4)},
+            "forward": {
+                64: _C(64, 64, 4, 1, True),
+                128: _C(64, 128, 4, 1, True),
+                256: _C(64, 32, 4, 1, True),
+            },
+            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4), 256: _C(128, 32, 8)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(16, 64, 4)},
             "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
         },
@@ -271,7 +275,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     },
     "mask_gradient": {
         ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(64, 32, 8)},
-        ("mma", 16): {32: _C(64, 64), 64: _C(128, 64, 8), 128: _C(32, 64), 256: _C(32, 64, 8)},
+        ("mma", 16): {32: _C(64, 64), 64: _C(128, 64, 8), 128: _C(32, 64), 256: _C(64, 16)},
         ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
         ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
         ("nvidia", 32): {
@@ -290,10 +294,8 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
     "sm_80": {
         ("backward_keys", 16, 256, None): _C(64, 32, 8),
         ("backward_atomic", 16, 256, None): _C(16, 32, 8),
-        ("mask_gradient", 32, 128, None): _C(16, 32),
+        ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
-    **dict.fromkeys(("sm_86", "sm_89"), {("mask_gradient", 32, 128, None): _C(16, 64)}),
-    "sm_100": {("mask_gradient", 32, 128, None): _C(16, 64, 8)},
     "sm_120": {
         ("backward_queries", 16, 256, None): _C(16, 64),
         ("backward_queries", 16, 128, "dropout"): _C(32, 64),
