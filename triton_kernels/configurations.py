@@ -3,9 +3,10 @@
 Chosen from `python -m bench.compile_report`, by the instructions of the main loop for the products
 that a tile needs: these count for every warp, so that warps which repeat each other's products,
 because a tile has too few rows for them, show. Nothing spills where a choice without spills was
-found that needs no third more instructions (float32 at a head_dim of 128 and more often has none,
-RDNA none for gradients from 128 on), and shared memory fits. None has been timed: there was no GPU.
-`tuning` times these and others on the GPU at hand.
+found, among tiles of 16 to 128 rows and columns for 4 and 8 warps, that needs no third more
+instructions (some gradients of float32 at a head_dim of 128 have none, and RDNA's from 128 on), and
+shared memory fits. None has been timed: there was no GPU. `tuning` times these and others on the
+GPU at hand.
 """
 
 from __future__ import annotations
@@ -163,16 +164,21 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "forward": {
             32: _C(64, 32),
             64: _C(32, 64, 8),
-            128: _C(32, 32),
+            128: _C(32, 32, 4, 1, True),
             256: _C(16, 32, 8),
         },
         "backward_queries": {
             32: _C(32, 32),
             64: _C(32, 32),
-            128: _C(32, 32),
+            128: _C(32, 64, 8, 1, True),
             256: _C(16, 16, 8),
         },
-        "backward_keys": {32: _C(32, 32), 64: _C(32, 32), 128: _C(32, 32), 256: _C(16, 16, 8)},
+        "backward_keys": {
+            32: _C(32, 32),
+            64: _C(32, 32),
+            128: _C(64, 32, 8, 1, True),
+            256: _C(16, 16, 8),
+        },
         "backward_atomic": {32: _C(16, 32), 64: _C(16, 32), 128: _C(16, 16, 8), 256: _C(16, 16, 8)},
     },
     ("amd", 32): {
@@ -215,7 +221,7 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
-            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
+            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 128, 8, 2, True)},
         },
         "mask": {
             "forward": {
@@ -224,7 +230,7 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
                 256: _C(64, 32, 4, 1, True),
             },
             "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4), 256: _C(128, 32, 8)},
-            "backward_keys": {64: _C(32, 64, 4), 128: _C(16, 64, 4)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(16, 64, 4, 2)},
             "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
         },
     },
@@ -292,14 +298,16 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
 # the others of a family: by kernel, bits, width and what every pair has.
 _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
     "sm_80": {
-        ("backward_keys", 16, 256, None): _C(64, 32, 8),
+        ("backward_keys", 16, 256, None): _C(64, 32, 8, 2),
+        ("backward_keys", 32, 128, None): _C(64, 16, 8),
         ("backward_atomic", 16, 256, None): _C(16, 32, 8),
         ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
+    **{name: {("backward_keys", 32, 128, None): _C(64, 16, 8)} for name in ("sm_86", "sm_89")},
     "sm_120": {
-        ("backward_queries", 16, 256, None): _C(16, 64),
-        ("backward_queries", 16, 128, "dropout"): _C(32, 64),
-        ("backward_queries", 16, 128, "mask"): _C(16, 64),
+        ("backward_queries", 16, 256, None): _C(32, 32, 4, 1, True),
+        ("backward_queries", 16, 128, "dropout"): _C(32, 64, 4, 1, True),
+        ("backward_queries", 16, 128, "mask"): _C(32, 64, 4, 1, True),
     },
 }
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
@@ -313,6 +321,10 @@ def family_of(architecture: str, bits: int) -> str:
         return "nvidia"
     number = int(architecture.removeprefix("sm_"))
     return {9: "wgmma", 10: "tcgen05"}.get(number // 10, "mma")
+
+
+def _has_descriptors(architecture: str) -> bool:
+    return architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
 
 
 def block_of(head_dim: int) -> int:
@@ -337,6 +349,14 @@ def configuration_of(
     width = max(width, 32)
     if kernel == "row_terms":
         return _ROW_TERMS[0]
+    found = _found(kernel, architecture, bits, width, laden)
+    return found if _has_descriptors(architecture) else found._replace(descriptors=False)
+
+
+def _found(
+    kernel: str, architecture: str, bits: int, width: int, laden: str | None
+) -> Configuration:
+    """What the tables say."""
     if kernel in _ONE_PASS:
         laden = None
     alone = _ALONE.get(architecture, {}).get((kernel, bits, width, laden))
@@ -349,15 +369,14 @@ def configuration_of(
     if laden is None or bits == 32:
         return _TABLE[family, bits][kernel][width]
     by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
-    return by_width.get(max(width, 64)) or configuration_of(
-        kernel, architecture, bits, width
-    )._replace(num_stages=1)
+    plain = _found(kernel, architecture, bits, width, None)
+    return by_width.get(max(width, 64), plain._replace(num_stages=1))
 
 
 def candidates_of(
     kernel: str, architecture: str, bits: int, width: int, laden: str | None = None
 ) -> list[Configuration]:
-    """What is worth timing, `configuration_of` first: four to sixteen.
+    """What is worth timing, `configuration_of` first: four to two dozen.
 
     They are the kernel's configurations for any head_dim and family of that vendor, and its own one
     with other warps, other stages, and with and without descriptors where hardware reads them.
@@ -374,7 +393,7 @@ def candidates_of(
     for (family, size), by_width in by_family.items():
         if size == bits and (family in ("amd", "rdna")) == amd:
             nearby += by_width.values()
-    copies = family_of(architecture, bits) in ("wgmma", "tcgen05") and kernel in _TABLE["wgmma", 16]
+    copies = _has_descriptors(architecture) and kernel in _TABLE["wgmma", 16]
     chosen = [
         x._replace(descriptors=d) for x in nearby for d in ((False, True) if copies else (False,))
     ]
