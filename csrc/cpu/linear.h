@@ -50,29 +50,38 @@ void store_linear(const LinearArguments& a, const Real* sums, int64_t lanes, int
   }
 }
 
+// One block of columns, from `input` transposed, by way of `sums`.
+template <typename Real>
+void linear_block(const LinearArguments& a, const Real* input, int64_t lanes, int64_t column,
+                  Real* sums) {
+  const int64_t columns = std::min(kLinearBlock<Real>, a.columns - column);
+  const Real* weight = a.weight + column * a.depth;
+  // The next block's, one row after the other.
+  const int64_t next = std::min(kLinearBlock<Real>, a.columns - column - columns) * a.depth;
+  const int64_t bytes = next * static_cast<int64_t>(sizeof(Real));
+  Ahead ahead(Upcoming(weight + columns * a.depth, bytes, bytes, 1).in_haste(true));
+  Into<Real> into{sums, lanes};
+  into.ahead = &ahead;
+  for (int64_t k = 0; k < a.depth; k += kLinearDepth) {
+    into.accumulate = k > 0;
+    multiply<false>(columns, lanes / kLanes<Real>, std::min(kLinearDepth, a.depth - k), weight + k,
+                    a.depth, input + k * lanes, lanes, into);
+  }
+  store_linear<Real>(a, sums, lanes, column);
+}
+
 template <typename Real>
 void linear_by_rows(const LinearArguments& a, int threads) {
-  const int64_t lanes = padded<Real>(a.rows);
+  const int64_t lanes = padded<Real>(a.rows), block = kLinearBlock<Real> * lanes;
   const CacheLines<Real> input = transposed_input<Real>(a, lanes);
-  const CacheLines<Real> sums = allocate_lines<Real>(threads * kLinearBlock<Real> * lanes);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t column = 0; column < a.columns; column += kLinearBlock<Real>) {
-    const int64_t columns = std::min(kLinearBlock<Real>, a.columns - column);
-    Real* block = sums.get() + omp_get_thread_num() * kLinearBlock<Real> * lanes;
-    const Real* weight = a.weight + column * a.depth;
-    // The next block's, one row after the other.
-    const int64_t next = std::min(kLinearBlock<Real>, a.columns - column - columns) * a.depth;
-    const int64_t bytes = next * static_cast<int64_t>(sizeof(Real));
-    Ahead ahead(Upcoming(weight + columns * a.depth, bytes, bytes, 1).in_haste(true));
-    Into<Real> into{block, lanes};
-    into.ahead = &ahead;
-    for (int64_t k = 0; k < a.depth; k += kLinearDepth) {
-      into.accumulate = k > 0;
-      multiply<false>(columns, lanes / kLanes<Real>, std::min(kLinearDepth, a.depth - k),
-                      weight + k, a.depth, input.get() + k * lanes, lanes, into);
+  const CacheLines<Real> sums = allocate_lines<Real>(threads * block);
+  run_parallel(threads, [&] {
+    Real* own_sums = sums.get() + omp_get_thread_num() * block;
+#pragma omp for schedule(static)
+    for (int64_t column = 0; column < a.columns; column += kLinearBlock<Real>) {
+      linear_block<Real>(a, input.get(), lanes, column, own_sums);
     }
-    store_linear<Real>(a, block, lanes, column);
-  }
+  });
 }
 
 constexpr int kLinearRows = 4;
@@ -115,8 +124,10 @@ template <typename Real>
 void linear(const LinearArguments& a, int threads) {
   const bool fill_lanes = 2 * a.rows > kLanes<Real>;  // or half of them, which takes as long
   if (fill_lanes) return linear_by_rows<Real>(a, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t column = 0; column < a.columns; column += kLinearColumns<Real>) {
-    for (int64_t row = 0; row < a.rows; row += kLinearRows) linear_tile<Real>(a, row, column);
-  }
+  run_parallel(threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t column = 0; column < a.columns; column += kLinearColumns<Real>) {
+      for (int64_t row = 0; row < a.rows; row += kLinearRows) linear_tile<Real>(a, row, column);
+    }
+  });
 }
