@@ -40,8 +40,11 @@ _SMALLEST_PRODUCT = 2**21
 _SMALLEST_OF_FEW_ROWS = {"AuthenticAMD": 2**20, "GenuineIntel": 3 * 2**20}
 """M * N * K from which our own kernel wins, where it fits and no derivative is wanted, by the
 processor's vendor. MKL's call costs less on Intel's."""
-_FEW_ROWS = {"AuthenticAMD": range(4, 17), "GenuineIntel": range(4, 65)}
-"""How many rows our own kernel is for: more go to oneDNN on AMD's processors, to MKL on Intel's."""
+_FEW_ROWS = range(4, 17)
+"""How many rows our own kernel is for."""
+_MORE_ROWS = {"AuthenticAMD": range(0), "GenuineIntel": range(17, 65)}
+_SMALLEST_OF_MORE_ROWS = 2**24
+"""How many it is for besides, where M * N * K is at least this. oneDNN is for them on AMD's."""
 _SMALLEST_WEIGHT_GRADIENT = 2**22
 """The same for the gradient of a weight, which runs at three quarters of the operator's speed."""
 _FEWEST_ROWS = 4
@@ -159,10 +162,11 @@ def _is_worthwhile(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _has_few_rows(input: Tensor, weight: Tensor) -> bool:
     """Whether our own kernel takes these plain operands."""
     depth = weight.size(1)
+    if depth == 0 or depth % 16 != 0:
+        return False
+    rows, products = input.numel() // depth, input.numel() * weight.size(0)
     return (
-        depth > 0
-        and depth % 16 == 0
-        and input.numel() // depth in _FEW_ROWS[_vendor]
+        (rows in _FEW_ROWS or (rows in _MORE_ROWS[_vendor] and products >= _SMALLEST_OF_MORE_ROWS))
         and input.is_contiguous()
         and weight.is_contiguous()
         and not (input.is_neg() or weight.is_neg())

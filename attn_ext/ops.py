@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from attn_ext import dispatch
 from attn_ext.backends import cpu, reference
 from attn_ext.operators import attention_gradients, call, split_arguments, weights_gradients
-from attn_ext.problem import Problem, as_four_dimensional, default_scale
+from attn_ext.problem import Problem, as_four_dimensional, default_scale, resolved
 from attn_ext.second_derivatives import (
     differentiable_inputs,
     second_derivative,
@@ -187,7 +187,8 @@ def is_transformed() -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether it is one of the many that torch.autograd.grad's is_grads_batched makes look as one.
 
-    Operators have a rule for those; they have no memory of their own.
+    Operators have a rule for those; they have no memory of their own. torch.vmap's are others,
+    which `is_transformed` knows of.
     """
     return torch._C._dispatch_keys(tensor).has(_BATCHED)
 
@@ -273,8 +274,8 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, attn_mask, padding, out, lse = ctx.saved_tensors
         scale = default_scale(query.shape[3]) if ctx.scale is None else ctx.scale
-        problem = Problem(query, key, value, key_padding_mask=padding, causal=ctx.causal)
-        problem.scale, problem.attn_mask = scale, as_four_dimensional(attn_mask)
+        mask = None if attn_mask is None else as_four_dimensional(attn_mask)
+        problem = Problem(query, key, value, mask, None, padding, causal=ctx.causal, scale=scale)
         grads = _gradients(problem, cpu, out, lse, dout, None, False)
         return (*grads[:3], None, None, None, None, None)
 
@@ -295,7 +296,8 @@ def _gradients(
     mask_gradient: bool,
 ) -> Any:
     """A backend's backward pass, differentiable in its turn where that is asked for."""
-    if is_batched(dout) or (dlse is not None and is_batched(dlse)):
+    dout, dlse = resolved(dout), None if dlse is None else resolved(dlse)
+    if is_transformed() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
         saved = (out, lse, dout, dlse)
         return attention_gradients(_as_arguments(problem, module), saved, mask_gradient)
     arguments = (out, lse, dout, dlse, mask_gradient)
@@ -347,8 +349,9 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, dweights: Tensor) -> Any:
         *tensors, lse = ctx.saved_tensors
         mask_gradient = ctx.needs_input_grad[2]
+        dweights = resolved(dweights)
         grads: Any
-        if is_batched(dweights):
+        if is_transformed() or is_batched(dweights):
             arguments = _as_arguments(Problem(*tensors, *ctx.settings), ctx.module)
             grads = weights_gradients(arguments, lse, dweights, ctx.average, mask_gradient)
         elif torch.is_grad_enabled():

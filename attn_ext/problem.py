@@ -357,9 +357,9 @@ def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, int, int, int])
     return as_four_dimensional(mask)
 
 
-def as_four_dimensional(mask: Any) -> Any:
-    """A mask of fewer dimensions as one that broadcasts alike; None stays."""
-    return mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+def as_four_dimensional(mask: Tensor) -> Tensor:
+    """A mask of fewer dimensions as one that broadcasts alike."""
+    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def _checked_probability(dropout_p: float) -> float:

@@ -80,19 +80,19 @@ py::object plain_self_attention(int index, int threads, py::handle tokens, py::h
   const auto read = read_self_attention(tokens, in_weight, in_bias, out_weight, out_bias, heads);
   if (!read) return py::none();
   py::object out = empty_like(tokens);
-  const SelfAttention call(*read, as_plain_view(out), batch_first);
-  const attn_ext::Problem& p = call.problem;
+  const SelfAttention module(*read, as_plain_view(out), batch_first);
+  const attn_ext::Problem& p = module.problem;
   std::optional<PlainWeights> weights;
   if (with_weights) weights.emplace(tokens, p, average);
   {
     const py::gil_scoped_release release;
-    kernels(index).linear(call.in, threads_for(threads, call.in));
-    kernels(index).forward(p, call.attention, threads_for(threads, p));
+    kernels(index).linear(module.in, threads_for(threads, module.in));
+    kernels(index).forward(p, module.attention, threads_for(threads, p));
     if (weights) {
-      const attn_ext::WeightsArguments to{call.attention.lse, weights->view, average};
+      const attn_ext::WeightsArguments to{module.attention.lse, weights->view, average};
       kernels(index).weights(p, to, threads_for(threads, p));
     }
-    kernels(index).linear(call.out, threads_for(threads, call.out));
+    kernels(index).linear(module.out, threads_for(threads, module.out));
   }
   if (!weights) return py::make_tuple(std::move(out), py::none());
   if (!read->batched) weights->tensor = weights->tensor.attr("squeeze")(0);

@@ -162,10 +162,10 @@ struct PlainCall {
 };
 
 // The problem of plain tensors that fit each other; nothing otherwise.
-inline std::optional<attn_ext::Problem> plain_problem(const PlainCall& call) {
+inline std::optional<attn_ext::Problem> plain_problem(const PlainCall& given) {
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();  // MAX_LENGTH of problem.py
   dlpack::Tensor q, k, v;
-  if (!read_plain(call.query, q) || !read_plain(call.key, k) || !read_plain(call.value, v)) {
+  if (!read_plain(given.query, q) || !read_plain(given.key, k) || !read_plain(given.value, v)) {
     return std::nullopt;
   }
   const std::optional<DType> dtype = as_dtype(q.type);
@@ -177,24 +177,24 @@ inline std::optional<attn_ext::Problem> plain_problem(const PlainCall& call) {
   p.key_heads = k.shape[1], p.key_length = k.shape[2];
   p.head_dim = q.shape[3], p.value_dim = v.shape[3];
   const bool heads_fit = p.key_heads == p.query_heads ||
-                         (call.grouped && p.key_heads > 0 && p.query_heads % p.key_heads == 0);
+                         (given.grouped && p.key_heads > 0 && p.query_heads % p.key_heads == 0);
   const bool fit = k.shape[0] == p.batch && std::equal(k.shape, k.shape + 3, v.shape) &&
                    k.shape[3] == p.head_dim && p.head_dim > 0 && heads_fit &&
                    p.query_length <= kMaxLength && p.key_length <= kMaxLength &&
                    p.batch * p.query_heads <= kMaxLength;
   if (!fit) return std::nullopt;
-  if (!call.attn_mask.is_none() && !read_attn_mask(call.attn_mask, p)) return std::nullopt;
-  const py::handle padding = call.key_padding_mask;
+  if (!given.attn_mask.is_none() && !read_attn_mask(given.attn_mask, p)) return std::nullopt;
+  const py::handle padding = given.key_padding_mask;
   if (!padding.is_none() && !read_padding(padding, p)) return std::nullopt;
   p.scale = 1 / std::sqrt(static_cast<double>(p.head_dim));
-  if (!call.scale.is_none()) {
-    if (!PyFloat_CheckExact(call.scale.ptr())) return std::nullopt;
-    p.scale = PyFloat_AS_DOUBLE(call.scale.ptr());
+  if (!given.scale.is_none()) {
+    if (!PyFloat_CheckExact(given.scale.ptr())) return std::nullopt;
+    p.scale = PyFloat_AS_DOUBLE(given.scale.ptr());
     if (!std::isfinite(p.scale)) return std::nullopt;
   }
   p.query = as_view(q), p.key = as_view(k), p.value = as_view(v);
-  p.diagonal = call.causal == Causal::kLowerRight ? p.key_length - p.query_length : 0;
-  p.left = 2 * kFar, p.right = call.causal == Causal::kNone ? 2 * kFar : 0;
+  p.diagonal = given.causal == Causal::kLowerRight ? p.key_length - p.query_length : 0;
+  p.left = 2 * kFar, p.right = given.causal == Causal::kNone ? 2 * kFar : 0;
   return p;
 }
 

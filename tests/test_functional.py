@@ -196,3 +196,23 @@ def test_views_that_negate(which: str) -> None:
         arguments[which] = (-arguments[which])._neg_view()
     for one, other in zip(results(arguments, lse), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_gradients_that_negate(average: bool) -> None:
+    """As the backward pass of torch.complex hands out after a conjugate."""
+    query, key, value = (torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3))
+    out, lse = attn_ext.attention(query, key, value, return_lse=True)
+    weights = attn_ext.attention_weights(query, key, lse=lse, average=average)
+    plain = attn_ext.attention(query, key, value)
+    leaves = (query, key)
+    for outputs in ((out,), (lse,), (out, lse), (weights,), (plain,)):
+        grads = [torch.randn_like(x) for x in outputs]
+        negated = [(-x)._neg_view() for x in grads]
+        expected = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        for create_graph in (False, True):
+            actual = torch.autograd.grad(
+                outputs, leaves, negated, retain_graph=True, create_graph=create_graph
+            )
+            for one, other in zip(actual, expected, strict=True):
+                torch.testing.assert_close(one, other)

@@ -222,7 +222,7 @@ def test_few_rows(
 def test_few_rows_on_several_threads(
     few_rows: list[int], rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(implementation, "_FEW_ROWS", {implementation._vendor: range(4, 65)})
+    monkeypatch.setattr(implementation, "_FEW_ROWS", range(4, 65))
     x, weight = torch.randn(rows, 1024), torch.randn(1615, 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -264,7 +264,8 @@ def test_strides_of_few_rows(which: int, make: str, calls: list[tuple[int, ...]]
 def test_what_is_not_for_few_rows(monkeypatch: pytest.MonkeyPatch, few_rows: list[int]) -> None:
     weight, odd = torch.randn(1024, 1024), torch.randn(1024, 1023)
     linear(torch.randn(3, 1024), weight)
-    linear(torch.randn(implementation._FEW_ROWS[implementation._vendor].stop, 1024), weight)
+    linear(torch.randn(17, 512), torch.randn(512, 512))
+    linear(torch.randn(65, 1024), weight)
     linear(torch.randn(16, 1023), odd)
     linear(torch.randn(4, 64), torch.randn(64, 64))
     assert few_rows == []

@@ -134,13 +134,20 @@ def test_many_gradients_at_once(name: str, backend: str) -> None:
     arguments = {"retain_graph": True, "allow_unused": True}
     for outs, directions in ((outputs, many), (outputs[:1], many[:1]), (outputs[2:], many[2:])):
         actual = torch.autograd.grad(outs, inputs, directions, is_grads_batched=True, **arguments)
+        single = torch.autograd.grad(outs, inputs, [x[0] for x in directions], **arguments)
+        assert [grad is None for grad in actual] == [grad is None for grad in single]
+        used = [x for x, grad in zip(inputs, actual, strict=True) if grad is not None]
+
+        def gradients(*one: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outs, used, one, retain_graph=True)  # noqa: B023
+
+        mapped = torch.vmap(gradients)(*directions)
+        found = [grad for grad in actual if grad is not None]
         for index in range(6):
-            one = [direction[index] for direction in directions]
-            expected = torch.autograd.grad(outs, inputs, one, **arguments)
-            for ours, theirs in zip(actual, expected, strict=True):
-                assert (ours is None) == (theirs is None)
-                if ours is not None and theirs is not None:
-                    torch.testing.assert_close(ours[index], theirs)
+            expected = gradients(*(direction[index] for direction in directions))
+            for ours, other, theirs in zip(found, mapped, expected, strict=True):
+                torch.testing.assert_close(ours[index], theirs)
+                torch.testing.assert_close(other[index], theirs)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

@@ -295,7 +295,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     },
 }
 # Of one architecture for which the compiler makes spills, or memory has room, where it does not for
-# the others of a family: by kernel, bits, width and what every pair has.
+# the others of a family: by kernel, bits, width and `laden`, see `configuration_of`.
 _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
     "sm_80": {
         ("backward_keys", 16, 256, None): _C(64, 32, 8, 2),
@@ -303,13 +303,15 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
         ("backward_atomic", 16, 256, None): _C(16, 32, 8),
         ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
-    **{name: {("backward_keys", 32, 128, None): _C(64, 16, 8)} for name in ("sm_86", "sm_89")},
+    "sm_86": {("backward_keys", 32, 128, None): _C(64, 16, 8)},
     "sm_120": {
         ("backward_queries", 16, 256, None): _C(32, 32, 4, 1, True),
         ("backward_queries", 16, 128, "dropout"): _C(32, 64, 4, 1, True),
         ("backward_queries", 16, 128, "mask"): _C(32, 64, 4, 1, True),
     },
 }
+_LIKE = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_121": "sm_120"}
+"""Architectures with the instructions and the least shared memory of another."""
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
 
 
@@ -357,16 +359,16 @@ def _found(
     kernel: str, architecture: str, bits: int, width: int, laden: str | None
 ) -> Configuration:
     """What the tables say."""
-    if kernel in _ONE_PASS:
+    if kernel in _ONE_PASS or bits == 32:
         laden = None
-    alone = _ALONE.get(architecture, {}).get((kernel, bits, width, laden))
-    if alone is not None:
-        return alone
+    alone = _ALONE.get(_LIKE.get(architecture, architecture), {})
+    if (kernel, bits, width, laden) in alone:
+        return alone[kernel, bits, width, laden]
     family = family_of(architecture, bits)
     if kernel in _ONE_PASS:
         by_family = _ONE_PASS[kernel]
         return (by_family.get((family, bits)) or by_family["", bits])[width]
-    if laden is None or bits == 32:
+    if laden is None:
         return _TABLE[family, bits][kernel][width]
     by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
     plain = _found(kernel, architecture, bits, width, None)
@@ -376,7 +378,7 @@ def _found(
 def candidates_of(
     kernel: str, architecture: str, bits: int, width: int, laden: str | None = None
 ) -> list[Configuration]:
-    """What is worth timing, `configuration_of` first: four to two dozen.
+    """What is worth timing, `configuration_of` first: 4 to 26.
 
     They are the kernel's configurations for any head_dim and family of that vendor, and its own one
     with other warps, other stages, and with and without descriptors where hardware reads them.

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.problem import UNLIMITED, Problem, resolved
 from attn_ext.triton_kernels import tuning
 from attn_ext.triton_kernels.arguments import (
     Dropout,
@@ -293,6 +293,7 @@ def _row_terms_plan(
 
 def rows_of(tensor: Tensor) -> Rows:
     """A tensor (B, H, L, D), copied if its rows are not contiguous, or (B, H, L)."""
+    tensor = resolved(tensor)
     if tensor.dim() == 4 and tensor.stride(3) != 1 and tensor.shape[3] > 1:
         tensor = tensor.contiguous()
     return Rows(tensor, *tensor.stride()[:3])

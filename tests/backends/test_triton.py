@@ -141,8 +141,14 @@ def test_newer_gpus_prefer_it(
     dispatch.preferred.cache_clear()
 
 
+def test_views_that_negate_are_resolved() -> None:
+    x = torch.randn(1, 2, 3, 4)
+    assert torch.equal(launch.rows_of(x._neg_view()).ptr, -x)
+    assert not launch.rows_of(x._neg_view()).ptr.is_neg()
+
+
 def test_every_architecture_has_a_configuration_of_every_width() -> None:
-    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a",
+    for architecture in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx90a",
                          "gfx942", "gfx1100", "gfx1201"):  # fmt: skip
         for kernel in (*KERNELS, "backward_atomic"):
             for bits in (16, 32):
@@ -154,6 +160,10 @@ def test_every_architecture_has_a_configuration_of_every_width() -> None:
                     )
                     assert found.BLOCK_M % 16 == 0
                     assert found.BLOCK_N % 16 == 0
+                    if bits == 32:
+                        assert found == configurations.configuration_of(
+                            kernel, architecture, bits, width
+                        )
 
 
 @pytest.mark.parametrize(
