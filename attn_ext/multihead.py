@@ -152,6 +152,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See the class."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+                is_causal
+            )  # fmt: skip
         if (
             query is key
             and key is value
@@ -162,11 +167,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             result = self._forward_few_tokens(query, need_weights, average_attn_weights)
             if result is not None:
                 return result
-        if query.is_nested or key.is_nested or value.is_nested:
-            return self._forward_nested(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
-                is_causal
-            )  # fmt: skip
         separate = None
         if not self._qkv_same_embed_dim:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
