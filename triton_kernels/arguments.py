@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+import attn_ext.problem
+
 
 class Rows(NamedTuple):
     """A tensor (B, H, L, D) whose rows are contiguous, or (B, H, L): a value a row."""
@@ -131,3 +135,21 @@ class Tile(NamedTuple):
     start_n: Any
     rows: Any
     columns: Any
+
+
+def pairs_of(tensor: Tensor) -> Pairs:
+    """A tensor that broadcasts to (B, Hq, Lq, Lk)."""
+    strides = (0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return Pairs(tensor, *strides)
+
+
+def masks_of(problem: attn_ext.problem.Problem) -> tuple[Pairs | None, KeyMask | None]:
+    """The masks of pairs and of keys. An attn_mask that all heads and rows share is one of keys,
+    which costs less, where there is no other."""
+    mask, key_mask = problem.attn_mask, problem.key_padding_mask
+    pairs = None if mask is None else pairs_of(mask)
+    if key_mask is not None:
+        return pairs, KeyMask(key_mask, *key_mask.stride())
+    if pairs is not None and pairs.stride_h == 0 and pairs.stride_m == 0:
+        return None, KeyMask(pairs.ptr, pairs.stride_b, pairs.stride_n)
+    return pairs, None

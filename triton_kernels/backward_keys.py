@@ -1,7 +1,7 @@
 """Backward pass, dV = P^T dO and dK = scale dS^T Q (Dao, arXiv:2307.08691, algorithm 2, the
 column's half of it; nothing is atomic, unless dQ is asked for).
 
-    S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T - term)
+    S^T = K Q^T;  dP^T = V dO^T;  P^T = exp2(S^T - lse);  dS^T = P^T (dP^T + term)
     dV += P^T dO;  dK += dS^T Q
     dq_sums += dS K, atomic, where the whole of algorithm 2 is asked for: float32, in any order
 
@@ -25,6 +25,7 @@ from attn_ext.triton_kernels.scores import (
     edge_tile,
     head_of,
     is_finite,
+    load_entries,
     load_passing_tile,
     load_tile,
     rows_of_keys,
@@ -44,16 +45,17 @@ def add_tile(
     q = load_passing_tile(
         queries, tile.start_m, offs_m[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE
     )
+    entries = load_entries(tile, problem, EDGE)
     product = tl.dot(k, tl.trans(q), input_precision=shape.PRECISION)
-    SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
+    ADDED: tl.constexpr = problem.dropout is None and dweights is None
     dp, do = product, q
     if dweights is None:
         do = load_passing_tile(
             gradients, tile.start_m, offs_m[:, None], offs_dv[None, :], shape.VALUE_DIM, EDGE
         )
         start = tl.zeros_like(product)
-        if SUBTRACTED:
-            start -= term
+        if ADDED:
+            start += term
         dp = tl.dot(v, tl.trans(do), start, input_precision=shape.PRECISION)
     keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     if keep is not None:
@@ -61,8 +63,9 @@ def add_tile(
     # Where keys can be hidden, what such rows make of an infinite key is done again, without them.
     ROWS: tl.constexpr = EDGE and not shape.HIDES
     weights, _, dproduct = gradients_of(
-        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED, ROWS
-    )
+        product, entries, dp, l_i, term, dweights, share, tile, problem, shape, keep,
+        EDGE=EDGE, ADDED=ADDED, WEIGHTS=True, ROWS=ROWS,
+    )  # fmt: skip
     if dweights is None:
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=shape.PRECISION)
     dproduct = dproduct.to(q.dtype)
@@ -97,6 +100,7 @@ def sum_row_by_row(
                 l_i, term = load_row_values(lse, terms, here, one[None, :], problem, shape, False)
                 q_row = load_tile(queries, row, one[:, None], offs_d, shape.HEAD_DIM, False)
                 q_row = q_row.to(tl.float32)
+                entries = load_entries(here, problem, True)
                 product = tl.sum(k * q_row, 1)[:, None]
                 dp, do_row = product, q_row
                 if dweights is None:
@@ -109,8 +113,9 @@ def sum_row_by_row(
                 if keep is not None:
                     keep = tl.trans(keep)
                 weights, _, dproduct = gradients_of(
-                    product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
-                )
+                    product, entries, dp, l_i, term, dweights, share, here, problem, shape, keep,
+                    EDGE=True, ADDED=False, WEIGHTS=True,
+                )  # fmt: skip
                 touched = (weights != 0) | (dproduct != 0)
                 dk = tl.where(touched, dk + dproduct * q_row, dk)
                 if dweights is None:

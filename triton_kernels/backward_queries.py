@@ -1,7 +1,7 @@
 """Backward pass, dQ = scale dS K (Dao, arXiv:2307.08691, algorithm 2, the row's half of it: nothing
 is atomic, so the result does not depend on timing).
 
-    S = Q K^T;  dP = dO V^T;  dS = exp2(S - lse) (dP - term);  dQ += dS K
+    S = Q K^T;  dP = dO V^T;  dS = exp2(S - lse) (dP + term);  dQ += dS K
 
 Grid: a program for BLOCK_M query rows of one head, as in `forward`, whose plan this follows. It
 reads queries, output gradients, LSE and terms once, and the keys and values that its rows see,
@@ -26,6 +26,7 @@ from attn_ext.triton_kernels.scores import (
     head_of,
     is_finite,
     keys_of_rows,
+    load_entries,
     load_passing_tile,
     load_tile,
     start_of,
@@ -56,21 +57,23 @@ def add_tile(
     k = load_passing_tile(
         keys, tile.start_n, offs_n[:, None], offs_d[None, :], shape.HEAD_DIM, EDGE
     )
+    entries = load_entries(tile, problem, EDGE)
     product = tl.dot(q, tl.trans(k), input_precision=shape.PRECISION)
-    SUBTRACTED: tl.constexpr = problem.dropout is None and dweights is None
+    ADDED: tl.constexpr = problem.dropout is None and dweights is None
     dp = product
     if dweights is None:
         v = load_passing_tile(
             values, tile.start_n, offs_n[None, :], offs_dv[:, None], shape.VALUE_DIM, EDGE
         )
         start = tl.zeros_like(product)
-        if SUBTRACTED:
-            start -= term
+        if ADDED:
+            start += term
         dp = tl.dot(do, v, start, input_precision=shape.PRECISION)
     keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
     _, ds, dproduct = gradients_of(
-        product, dp, l_i, term, dweights, share, tile, problem, shape, keep, EDGE, SUBTRACTED
-    )
+        product, entries, dp, l_i, term, dweights, share, tile, problem, shape, keep,
+        EDGE=EDGE, ADDED=ADDED, WEIGHTS=False,
+    )  # fmt: skip
     if dweights is not None:
         sums += tl.sum(ds, 1)
     dq = tl.dot(dproduct.to(k.dtype), k, dq, input_precision=shape.PRECISION)
@@ -100,6 +103,7 @@ def sum_key_by_key(
             here = Tile(tile.batch, tile.head, start_m, key, rows, one[None, :])
             k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False)
             k = k.to(tl.float32)
+            entries = load_entries(here, problem, True)
             product = tl.sum(q * k, 1)[:, None]
             dp = product
             if dweights is None:
@@ -107,8 +111,9 @@ def sum_key_by_key(
                 dp = tl.sum(do * v.to(tl.float32), 1)[:, None]
             keep = keep_of(here, problem, CAREFUL, 1, False)
             weights, ds, dproduct = gradients_of(
-                product, dp, l_i, term, dweights, share, here, problem, shape, keep, True, False
-            )
+                product, entries, dp, l_i, term, dweights, share, here, problem, shape, keep,
+                EDGE=True, ADDED=False, WEIGHTS=True,
+            )  # fmt: skip
             sums += tl.sum(ds, 1)
             dq = tl.where((dproduct != 0) | (weights != 0), dq + dproduct * k, dq)
         dq *= problem.scoring.scale

@@ -30,6 +30,7 @@ from attn_ext.triton_kernels.scores import (
     head_of,
     is_finite,
     keys_of_rows,
+    load_entries,
     load_passing_tile,
     load_tile,
     scores_of,
@@ -46,8 +47,9 @@ def attend(acc, l_i, m_i, q, keys, values, tile, problem, shape: tl.constexpr, E
     k = load_passing_tile(
         keys, tile.start_n, offs_n[None, :], offs_d[:, None], shape.HEAD_DIM, EDGE
     )
+    entries = load_entries(tile, problem, EDGE)
     product = tl.dot(q, k, input_precision=shape.PRECISION)
-    s, _ = scores_of(product, tile, problem, shape, EDGE)
+    s, _ = scores_of(product, entries, tile, problem, shape, EDGE)
     factor = factor_of(problem, shape)
     m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
     p = exp_of(s * factor - m_new[:, None], shape.UNIT)
@@ -83,7 +85,8 @@ def attend_key_by_key(
             here = Tile(tile.batch, tile.head, start_m, key, rows, one[None, :])
             k = load_tile(keys, key, one[:, None], offs_d[None, :], shape.HEAD_DIM, False)
             product = tl.sum(q * k.to(tl.float32), 1)[:, None]
-            s, _ = scores_of(product, here, problem, shape, True)
+            entries = load_entries(here, problem, True)
+            s, _ = scores_of(product, entries, here, problem, shape, True)
             m_new = tl.maximum(m_i, s * factor)
             p = exp_of(s * factor - m_new, shape.UNIT)
             rescale = exp_of(m_i - m_new, shape.UNIT)

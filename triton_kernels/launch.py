@@ -21,13 +21,13 @@ from attn_ext.problem import UNLIMITED, Problem, resolved
 from attn_ext.triton_kernels import tuning
 from attn_ext.triton_kernels.arguments import (
     Dropout,
-    KeyMask,
-    Pairs,
     Reach,
     Rows,
     Scoring,
     Shape,
     Sizes,
+    masks_of,
+    pairs_of,
 )
 from attn_ext.triton_kernels.backward_keys import backward_keys
 from attn_ext.triton_kernels.backward_queries import backward_queries
@@ -45,6 +45,13 @@ ATOMIC = os.environ.get("ATTN_EXT_TRITON_ATOMIC", "0") == "1"
 five products a tile instead of seven, and float32 sums in memory whose order is chance."""
 
 LOG2_E = 1.4426950408889634
+
+
+class RowValues(NamedTuple):
+    """What `row_terms` writes, in float32."""
+
+    terms: Rows
+    scored_lse: Rows
 
 
 class Call(NamedTuple):
@@ -119,7 +126,7 @@ def forward_plan(
 
 
 def backward(architecture: str, seed: int | Tensor, problem: Problem, *tensors: Any) -> None:
-    """Writes dquery, dkey, dvalue, dmask (if given) and row_term: what `backward_plans` takes."""
+    """Writes dquery, dkey, dvalue, dmask and row_term (if given): what `backward_plans` takes."""
     atomic = ATOMIC and not torch.are_deterministic_algorithms_enabled()
     plans = backward_plans(architecture, seed, problem, *tensors, atomic=atomic)
     with _device_of(problem):
@@ -142,7 +149,7 @@ def backward_plans(
     dkey: Tensor,
     dvalue: Tensor | None,
     dmask: Tensor | None,
-    row_term: Tensor,
+    row_term: Tensor | None,
     atomic: bool = False,
 ) -> list[Plan]:
     """To be run in this order.
@@ -151,13 +158,16 @@ def backward_plans(
     is then dlse.
     """
     for_weights = dweights is not None
+    row_values = None
+    if not for_weights:
+        row_values = RowValues(*map(rows_of, lse.new_empty((2, *lse.shape))))
     common = {
         "q": rows_of(problem.query),
         "k": rows_of(problem.key),
         "v": rows_of(problem.value),
         "dout": None if dout is None else rows_of(dout),
-        "lse": rows_of(lse),
-        "terms": None if for_weights else rows_of(row_term),
+        "lse": rows_of(lse) if row_values is None else row_values.scored_lse,
+        "terms": None if row_values is None else row_values.terms,
         "dweights": None if dweights is None else pairs_of(dweights),
         "share": share,
     }
@@ -181,7 +191,7 @@ def backward_plans(
             k=tiles_of(problem.key, config.BLOCK_N, config),
             v=tiles_of(problem.value, config.BLOCK_N, config),
             dq=rows_of(dquery),
-            dlse=rows_of(row_term) if for_weights else None,
+            dlse=rows_of(row_term) if for_weights and row_term is not None else None,
             dq_sums=dq_sums,
         )
 
@@ -221,8 +231,8 @@ def backward_plans(
         plans.append(
             Plan("mask_gradient", mask_call, (for_weights, *(n == 1 for n in dmask.shape)))
         )
-    if out is not None and dout is not None:
-        plans.insert(0, _row_terms_plan(problem, out, dout, dlse, row_term))
+    if row_values is not None and out is not None and dout is not None:
+        plans.insert(0, _row_terms_plan(problem, out, dout, dlse, lse, row_values, row_term))
     return plans
 
 
@@ -271,15 +281,24 @@ def weights_plan(
 
 
 def _row_terms_plan(
-    problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, row_term: Tensor
+    problem: Problem,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    row_values: RowValues,
+    row_term: Tensor | None,
 ) -> Plan:
     def call(config: Configuration) -> Call:
         arguments = {
             "out": rows_of(out),
             "dout": rows_of(dout),
             "dlse": None if dlse is None else rows_of(dlse),
-            "terms": rows_of(row_term),
+            "lse": rows_of(lse),
+            **row_values._asdict(),
+            "negated_terms": None if row_term is None else rows_of(row_term),
             "sizes": _sizes(problem),
+            "UNIT": _unit(problem),
             "VALUE_DIM": problem.value.shape[3],
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_DV": block_of(problem.value.shape[3]),
@@ -323,12 +342,6 @@ def has_descriptor(tensor: Tensor) -> bool:
     )
 
 
-def pairs_of(tensor: Tensor) -> Pairs:
-    """A tensor that broadcasts to (B, Hq, Lq, Lk)."""
-    strides = (0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return Pairs(tensor, *strides)
-
-
 def _settings(
     architecture: str,
     seed: int | Tensor,
@@ -338,16 +351,16 @@ def _settings(
 ) -> dict[str, Any]:
     """What all kernels take."""
     reach = _reach(problem)
-    mask, key_mask = problem.attn_mask, problem.key_padding_mask
+    mask, key_mask = masks_of(problem)
     slopes = problem.alibi_slopes
-    floats = any(m is not None and m.is_floating_point() for m in (mask, key_mask))
+    floats = any(m is not None and m.ptr.is_floating_point() for m in (mask, key_mask))
     scoring = Scoring(
         scale=problem.scale,
         softcap=problem.softcap or None,
         alibi_slopes=None if slopes is None else _slopes(slopes),
         diagonal=None if slopes is None else problem.diagonal,
-        mask=None if mask is None else pairs_of(mask),
-        key_mask=None if key_mask is None else KeyMask(key_mask, *key_mask.stride()),
+        mask=mask,
+        key_mask=key_mask,
     )
     single = problem.query.dtype is torch.float32
     folds = problem.scale > 0 and not (problem.softcap or floats or slopes is not None)
@@ -365,7 +378,7 @@ def _settings(
             BLOCK_N=config.BLOCK_N,
             BLOCK_D=block_of(head_dim),
             BLOCK_DV=block_of(value_dim),
-            UNIT=1.0 if single else LOG2_E,
+            UNIT=_unit(problem),
             FOLD=folds,
             HIDES=hides,
             WHOLE_CALLS=_has_whole_calls(problem.q_start, problem.query_length, 16)
@@ -373,6 +386,11 @@ def _settings(
             PRECISION=precision(architecture) if single else None,
         ),
     }
+
+
+def _unit(problem: Problem) -> float:
+    """What takes a natural score to the kernels' units."""
+    return 1.0 if problem.query.dtype is torch.float32 else LOG2_E
 
 
 def _has_whole_calls(start: int, length: int, step: int) -> bool:

@@ -1,7 +1,9 @@
-"""Backward pass, before the rest: term = sum(dO * O) - dlse, a value a row.
+"""Backward pass, before the rest: what every tile of the other kernels needs of a row.
 
-Grid: a program for BLOCK_M rows of one head; it reads O and dO once. In float64: the term is
-subtracted from every dP, which it nearly cancels where few keys are visible.
+    term = dlse - sum(dO * O),  and LSE in score units, +inf for rows that see nothing
+
+Grid: a program for BLOCK_M rows of one head; it reads O, dO and LSE once. In float64: the term is
+added to every dP, which it nearly cancels where few keys are visible.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attn_ext.triton_kernels.gradients import score_lse
 from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
 
 
@@ -17,8 +20,12 @@ def row_terms(
     out,
     dout,
     dlse,  # or None
+    lse,
     terms,
+    scored_lse,
+    negated_terms,  # or None
     sizes,
+    UNIT: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -33,12 +40,18 @@ def row_terms(
     gradients = head_of(dout, batch, head, length)
     o = load_tile(outputs, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
     do = load_tile(gradients, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
-    term = tl.sum(o * do, 1)
+    term = -tl.sum(o * do, 1)
     offs_m = tl.arange(0, BLOCK_M)
     exists = offs_m < length - start_m
     row = (start_m + offs_m).to(tl.int64)
     if dlse is not None:
         pointers = start_of(dlse, batch, head) + row * dlse.stride_l
-        term -= tl.load(pointers, mask=exists, other=0.0)
+        term += tl.load(pointers, mask=exists, other=0.0)
     pointers = start_of(terms, batch, head) + row * terms.stride_l
     tl.store(pointers, term.to(tl.float32), mask=exists)
+    if negated_terms is not None:
+        pointers = start_of(negated_terms, batch, head) + row * negated_terms.stride_l
+        tl.store(pointers, -term.to(tl.float32), mask=exists)
+    l_i = tl.load(start_of(lse, batch, head) + row * lse.stride_l, mask=exists, other=0.0)
+    pointers = start_of(scored_lse, batch, head) + row * scored_lse.stride_l
+    tl.store(pointers, score_lse(l_i, UNIT), mask=exists)

@@ -128,33 +128,66 @@ def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.conste
 
 
 @triton.jit
-def load_pairs(pairs, tile, sizes):
-    """A tile of a tensor of pairs; beyond the last row and key, the last one's entries."""
-    base = start_of(pairs, tile.batch, tile.head)
-    base += (
-        tl.cast(tile.start_m, tl.int64) * pairs.stride_m
-        + tl.cast(tile.start_n, tl.int64) * pairs.stride_n
-    )
-    rows = tl.minimum(tile.rows, sizes.query_length - 1 - tile.start_m)
-    columns = tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
-    return tl.load(base + (rows * pairs.stride_m + columns * pairs.stride_n))
+def load_pairs(pairs, tile, sizes, EDGE: tl.constexpr):
+    """A tile of a tensor of pairs, or None; beyond the last row, and with EDGE beyond the last key,
+    the last one's entries."""
+    if pairs is None:
+        return None
+    else:
+        base = start_of(pairs, tile.batch, tile.head)
+        base += (
+            tl.cast(tile.start_m, tl.int64) * pairs.stride_m
+            + tl.cast(tile.start_n, tl.int64) * pairs.stride_n
+        )
+        rows = tl.minimum(tile.rows, sizes.query_length - 1 - tile.start_m)
+        columns = keys_that_exist(tile, sizes, EDGE)
+        pointers = base + (rows[None, :, :] * pairs.stride_m + columns[None, :, :] * pairs.stride_n)
+        return load_apart(pointers)
 
 
 @triton.jit
-def load_key_mask(mask, tile, sizes):
+def load_key_mask(mask, tile, sizes, EDGE: tl.constexpr):
     """Likewise, of a mask (B, Lk)."""
-    base = mask.ptr + tl.cast(tile.batch, tl.int64) * mask.stride_b
-    base += tl.cast(tile.start_n, tl.int64) * mask.stride_n
-    columns = tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
-    return tl.load(base + columns * mask.stride_n)
+    if mask is None:
+        return None
+    else:
+        base = mask.ptr + tl.cast(tile.batch, tl.int64) * mask.stride_b
+        base += tl.cast(tile.start_n, tl.int64) * mask.stride_n
+        return load_apart(base + keys_that_exist(tile, sizes, EDGE)[None, :, :] * mask.stride_n)
+
+
+@triton.jit
+def load_apart(pointers):
+    """The entries at (1, M, N), bool ones as bytes.
+
+    The sum over the one is for the compiler: it looks for the narrowest load that leads to the
+    operand of a product in order to lay this out, and stops at reductions. Because of bytes it
+    would have weights in fours instead of pairs, and threads exchange them.
+    """
+    if pointers.dtype.element_ty == tl.int1:
+        entries = tl.load(pointers.to(tl.pointer_type(tl.int8), bitcast=True))
+    else:
+        entries = tl.load(pointers)
+    return tl.sum(entries, 0, dtype=entries.dtype)
+
+
+@triton.jit
+def keys_that_exist(tile, sizes, EDGE: tl.constexpr):
+    """The tile's columns, at an edge none beyond the last key. Elsewhere the compiler should see
+    that they follow each other: then it loads many entries at once."""
+    if EDGE:
+        return tl.minimum(tile.columns, sizes.key_length - 1 - tile.start_n)
+    else:
+        return tile.columns
 
 
 @triton.jit
 def masked(s, entries, UNIT: tl.constexpr):
     """Scores under a mask: bool (True takes part) or floating (added, -inf and about the lowest
     number forbid)."""
-    if entries.dtype == tl.int1:
-        return tl.where(entries, s, -INFINITY)
+    if entries.dtype == tl.int8:
+        # Wider, so that the compiler changes the layout of bytes and not of what the compare gives.
+        return tl.where(entries.to(tl.int32) != 0, s, -INFINITY)
     else:
         x = entries.to(tl.float32) * UNIT
         if UNIT == 1:
@@ -182,15 +215,35 @@ def hide_by_position(s, tile, problem, ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_entries(tile, problem, EDGE: tl.constexpr):
+    """The tile's entries of both masks, or None.
+
+    Before the products: so the loads are on their way meanwhile, and the compiler, which takes the
+    layout of what it met last, reduces scores in the layout of products and not of masks.
+    """
+    scoring = problem.scoring
+    return (
+        load_pairs(scoring.mask, tile, problem.sizes, EDGE),
+        load_key_mask(scoring.key_mask, tile, problem.sizes, EDGE),
+    )
+
+
+@triton.jit
 def scores_of(
-    product, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr, ROWS: tl.constexpr = False
+    product,
+    entries,
+    tile,
+    problem,
+    shape: tl.constexpr,
+    EDGE: tl.constexpr,
+    ROWS: tl.constexpr = False,
 ):
     """Scores of products, and the softcap's tanh (without softcap: anything). EDGE and ROWS: see
     `hide_by_position`.
 
     With shape.FOLD the factor scale * UNIT is left to whoever takes the exponential.
     """
-    scoring, sizes, unit = problem.scoring, problem.sizes, shape.UNIT
+    scoring, unit = problem.scoring, shape.UNIT
     t = product
     if scoring.softcap is not None:
         t = tanh_of(product * (scoring.scale / scoring.softcap), unit)
@@ -204,9 +257,9 @@ def scores_of(
         distance = tile.rows + (tile.start_m + scoring.diagonal - tile.start_n) - tile.columns
         s -= slope * unit * tl.abs(distance.to(tl.float32))
     if scoring.mask is not None:
-        s = masked(s, load_pairs(scoring.mask, tile, sizes), unit)
+        s = masked(s, entries[0], unit)
     if scoring.key_mask is not None:
-        s = masked(s, load_key_mask(scoring.key_mask, tile, sizes), unit)
+        s = masked(s, entries[1], unit)
     if EDGE:
         s = hide_by_position(s, tile, problem, ROWS)
     return s, t
@@ -268,6 +321,19 @@ def rows_of_keys(start_n, problem, shape: tl.constexpr):
     if last >= sizes.key_length:
         full_stop = full_first
     return first, stop, full_first, full_stop
+
+
+@triton.jit
+def is_full(first_row, rows, first_key, keys, problem):
+    """Whether all of so many rows and keys exist and every row may see every key, masks apart."""
+    sizes, reach = problem.sizes, problem.reach
+    last_row, last_key = first_row + rows - 1, first_key + keys - 1
+    full = (last_row < sizes.query_length) & (last_key < sizes.key_length)
+    if reach.high is not None:
+        full = full & (last_key <= first_row + reach.high)
+    if reach.low is not None:
+        full = full & (first_key >= last_row + reach.low)
+    return full
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from attn_ext.problem import UNLIMITED, Problem
+from attn_ext.triton_kernels.arguments import masks_of
 from attn_ext.triton_kernels.configurations import (
     Configuration,
     block_of,
@@ -65,7 +66,7 @@ def size_of(architecture: str, problem: Problem) -> tuple[str, int, int, str | N
     """What `configuration_of` takes of a problem."""
     width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
     laden = "dropout" if problem.dropout_p > 0 else None
-    if problem.attn_mask is not None:
+    if masks_of(problem)[0] is not None:
         laden = "mask"
     return architecture, problem.query.element_size() * 8, width, laden
 
@@ -87,7 +88,7 @@ def _kind_of(problem: Problem) -> tuple[Hashable, ...]:
         query.shape[2],
         key.shape[2],
     )
-    masks = (problem.attn_mask, problem.key_padding_mask)
+    masks = masks_of(problem)
     return (
         query.dtype,
         query.shape[3],
@@ -97,7 +98,7 @@ def _kind_of(problem: Problem) -> tuple[Hashable, ...]:
             side if side == UNLIMITED else triton.next_power_of_2(max(side, 1))
             for side in problem.reach
         ),
-        *(None if mask is None else (mask.dtype, mask.stride(-1) == 0) for mask in masks),
+        *(None if mask is None else (mask.ptr.dtype, mask.stride_n == 0) for mask in masks),
         problem.dropout_p > 0,
         problem.softcap > 0,
         problem.alibi_slopes is not None,

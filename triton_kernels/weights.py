@@ -18,10 +18,41 @@ from attn_ext.triton_kernels.scores import (
     exp_of,
     factor_of,
     head_of,
+    is_full,
+    load_entries,
     load_tile,
     scores_of,
     start_of,
 )
+
+
+@triton.jit
+def add_weights(total, q, k, lse, count, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
+    """Adds the weights of some heads, of which `tile.head` is the first."""
+    sizes = problem.sizes
+    offs_d = tl.arange(0, shape.BLOCK_D)
+    HIDES: tl.constexpr = (
+        EDGE or problem.scoring.mask is not None or problem.scoring.key_mask is not None
+    )
+    for head in range(tile.head, tile.head + count):
+        here = Tile(tile.batch, head, tile.start_m, tile.start_n, tile.rows, tile.columns)
+        queries = head_of(q, tile.batch, head, sizes.query_length)
+        keys = head_of(k, tile.batch, head // sizes.group, sizes.key_length)
+        q_tile = load_tile(queries, tile.start_m, tile.rows, offs_d[None, :], shape.HEAD_DIM, EDGE)
+        k_tile = load_tile(keys, tile.start_n, tile.columns, offs_d[:, None], shape.HEAD_DIM, EDGE)
+        entries = load_entries(here, problem, EDGE)
+        product = tl.dot(q_tile, k_tile, input_precision=shape.PRECISION)
+        s, _ = scores_of(product, entries, here, problem, shape, EDGE)
+        l_i, _ = load_row_values(lse, None, here, tile.rows, problem, shape, EDGE)
+        x = s * factor_of(problem, shape) - l_i
+        if HIDES:
+            x = tl.where(s != -INFINITY, x, -INFINITY)  # LSE may be NaN because of other keys
+        p = exp_of(x, shape.UNIT)
+        if problem.dropout is not None:
+            keep = keep_of(here, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
+            p = tl.where(keep, p * problem.dropout.factor, 0.0)
+        total += p
+    return total
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])
@@ -49,24 +80,13 @@ def weights(
     else:
         batch, first_head, count = pair // sizes.query_heads, pair % sizes.query_heads, 1
     rows, columns = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
-    offs_d = tl.arange(0, shape.BLOCK_D)
+    tile = Tile(batch, first_head, start_m, start_n, rows, columns)
 
     total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
-    for head in range(first_head, first_head + count):
-        queries = head_of(q, batch, head, sizes.query_length)
-        keys = head_of(k, batch, head // sizes.group, sizes.key_length)
-        tile = Tile(batch, head, start_m, start_n, rows, columns)
-        q_tile = load_tile(queries, start_m, rows, offs_d[None, :], shape.HEAD_DIM, True)
-        k_tile = load_tile(keys, start_n, columns, offs_d[:, None], shape.HEAD_DIM, True)
-        product = tl.dot(q_tile, k_tile, input_precision=shape.PRECISION)
-        s, _ = scores_of(product, tile, problem, shape, True)
-        l_i, _ = load_row_values(lse, None, tile, rows, problem, shape, True)
-        p = exp_of(s * factor_of(problem, shape) - l_i, shape.UNIT)
-        p = tl.where(s == -INFINITY, 0.0, p)
-        if dropout is not None:
-            keep = keep_of(tile, problem, shape.BLOCK_M, shape.BLOCK_N, shape.WHOLE_CALLS)
-            p = tl.where(keep, p * dropout.factor, 0.0)
-        total += p
+    if is_full(start_m, shape.BLOCK_M, start_n, shape.BLOCK_N, problem):
+        total = add_weights(total, q, k, lse, count, tile, problem, shape, False)
+    else:
+        total = add_weights(total, q, k, lse, count, tile, problem, shape, True)
     if AVERAGE:
         total *= 1 / count.to(tl.float32)
     base = start_of(out, batch, first_head)

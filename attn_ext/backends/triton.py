@@ -74,7 +74,9 @@ def backward(
 ) -> Gradients:
     """Gradients for a given out and LSE, recomputing the weights tile by tile."""
     dmask = native.mask_gradient_of(problem) if mask_gradient else None
-    row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    row_term = None
+    if problem.sinks is not None:
+        row_term = torch.empty_like(lse, memory_format=torch.contiguous_format)
     settings, problem = _settings(problem)
     return native.backward(launch, settings, problem, out, lse, dout, dlse, dmask, row_term)
 

@@ -19,7 +19,7 @@ import attn_ext
 from attn_ext import dispatch
 from attn_ext.backends import triton as backend
 from attn_ext.problem import Problem
-from attn_ext.triton_kernels import configurations, launch, tuning
+from attn_ext.triton_kernels import arguments, configurations, launch, tuning
 
 on_the_interpreter = pytest.mark.skipif(
     not interpreted.INTERPRETS, reason="with a GPU the kernels are not interpreted"
@@ -232,6 +232,37 @@ def test_what_hides_nothing_is_not_passed() -> None:
 )
 def test_what_hardware_can_copy(tensor: Tensor, expected: bool) -> None:
     assert launch.has_descriptor(tensor) is expected
+
+
+SHARED = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+PADDING = torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("attn_mask", "key_padding_mask", "expected"),
+    [
+        (None, None, (None, None)),
+        (None, PADDING, (None, (5, 1))),
+        (SHARED, None, (None, (5, 1))),
+        (SHARED.expand(2, 4, 3, 5), None, (None, (5, 1))),
+        (SHARED[:1], None, (None, (0, 1))),
+        (SHARED.to(torch.float32)[..., :1], None, (None, (5, 0))),
+        (SHARED, PADDING, ((5, 0, 0, 1), (5, 1))),
+        (torch.ones(3, 5, dtype=torch.bool), None, ((0, 0, 5, 1), None)),
+        (torch.ones(4, 1, 5, dtype=torch.bool), None, ((0, 5, 0, 1), None)),
+    ],
+)
+def test_a_mask_that_heads_and_rows_share_is_one_of_keys(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    expected: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+) -> None:
+    query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8)
+    problem = Problem.build(
+        query, key, key, attn_mask=attn_mask, key_padding_mask=key_padding_mask
+    )
+    found = arguments.masks_of(problem)
+    assert tuple(None if mask is None else tuple(mask[1:]) for mask in found) == expected
 
 
 KERNELS = ("forward", "row_terms", "backward_queries", "backward_keys", "mask_gradient", "weights")
