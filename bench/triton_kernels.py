@@ -31,12 +31,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "dropout": {"dropout_p": 0.1},
     "mask": {"attn_mask": torch.empty(2, 1, 4096, 4096, dtype=torch.bool, device="meta")},
+    "padding": {"key_padding_mask": torch.empty(2, 4096, dtype=torch.bool, device="meta")},
     # One for every batch, as a learned bias is, whose gradient is then a sum over batches.
     "bias": {"attn_mask": torch.empty(1, 8, 4096, 4096, device="meta")},
 }
 VARIANTS = (
     ("float16", (64, 128, 256), ("plain", "causal")),
-    ("float16", (64, 128), ("dropout", "mask")),
+    ("float16", (64, 128), ("dropout", "mask", "padding")),
     ("float32", (64, 128), ("plain",)),
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""

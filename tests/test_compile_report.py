@@ -17,8 +17,11 @@ REPRESENTATIVE = [
     ("sm_80", "backward_queries", "float16", 128, "causal"),
     ("sm_80", "backward_keys", "float16", 64, "plain"),
     ("sm_80", "forward", "float32", 64, "plain"),
+    ("sm_80", "forward", "float16", 64, "mask"),
+    ("sm_80", "weights", "float16", 64, "plain"),
     ("sm_90", "forward", "float16", 128, "plain"),
     ("sm_90", "backward_keys", "float16", 64, "plain"),
+    ("sm_90", "backward_queries", "float16", 64, "padding"),
     ("sm_90", "backward_atomic", "float16", 64, "plain"),
     ("sm_90", "weights", "float16", 64, "plain"),
     ("sm_100", "forward", "float16", 128, "causal"),
@@ -77,25 +80,34 @@ def test_the_matrix_units_are_reached(
 
 
 SPILLS = {
-    "sm_80 mask_gradient float32 128 bias": 28,
-    "sm_86 mask_gradient float32 128 bias": 12,
-    "sm_89 mask_gradient float32 128 bias": 12,
+    "sm_80 backward_atomic float16 128 dropout": 20,
+    "sm_80 mask_gradient float32 128 bias": 18,
+    "sm_86 backward_atomic float16 256 causal": 2,
+    "sm_86 mask_gradient float32 128 bias": 8,
+    "sm_89 backward_atomic float16 256 causal": 2,
+    "sm_89 mask_gradient float32 128 bias": 8,
+    "sm_90 backward_atomic float16 64 causal": 4,
     "sm_90 backward_atomic float16 128 dropout": 23,
-    "sm_90 backward_keys float16 128 mask": 2,
+    "sm_90 backward_atomic float16 128 mask": 4,
     "sm_90 backward_keys float32 128 plain": 135,
+    "sm_90 mask_gradient float32 128 bias": 59,
+    "sm_100 backward_queries float16 256 causal": 3,
     "sm_100 backward_queries float32 128 plain": 4,
     "sm_100 backward_keys float32 128 plain": 52,
-    "sm_100 mask_gradient float32 128 bias": 12,
+    "sm_100 mask_gradient float32 128 bias": 43,
     "sm_120 backward_keys float32 128 plain": 45,
-    "gfx942 backward_atomic float16 128 dropout": 2,
+    "sm_120 weights float32 128 plain": 3,
+    "sm_120 mask_gradient float32 128 bias": 12,
+    "gfx942 backward_keys float16 256 plain": 4,
 }
-"""Words spilled by kernels whose configurations without spills take a third more instructions."""
+"""Words spilled by kernels for which no configuration without spills was found that takes less than a third more
+instructions."""
 
 
 def test_committed_figures() -> None:
     """Every architecture is there, and every kernel fits it. Nothing spills but SPILLS, and on gfx1100, for whose
     256 registers there is often no such configuration: there neither forward in float16 up to a head_dim of 128
-    nor, but for one word, gradients of 64 do, without masks and dropout."""
+    nor, but for two words, gradients of 64 do, without masks and dropout."""
     rows = compile_report.committed()
     assert {name.architecture for name in rows} == set(compile_report.ARCHITECTURES)
     assert [str(x) for x, row in rows.items() if row.get("blocks_per_multiprocessor") == 0] == []
@@ -104,7 +116,7 @@ def test_committed_figures() -> None:
     assert {str(x): words for x, words in spilling.items() if x not in rdna} == SPILLS
     unladen = [x for x in rdna if x.kind in ("plain", "causal")]
     assert {str(x): spilling[x] for x in unladen if x.head_dim == 64} == {
-        "gfx1100 backward_keys float16 64 causal": 1
+        "gfx1100 backward_keys float16 64 causal": 2
     }
     assert [str(x) for x in unladen if x.head_dim <= 128 and x.kernel == "forward"] == []
 

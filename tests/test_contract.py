@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -460,6 +460,46 @@ def test_rows_without_keys(forbidding: bool | float, backend: str) -> None:
     assert (grads[0][:, :, [3, 48, 96]] == 0).all()
     weights = attn_ext.attention_weights(inputs.query, inputs.key, attn_mask=mask, backend=backend)
     assert (weights[:, [3, 48, 96]] == 0).all()
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+@pytest.mark.parametrize(
+    ("query_length", "key_length", "shape"),
+    [(0, 3, (1, 1, 1, 3)), (2, 0, (2, 1)), (0, 0, (2, 1, 1)), (2, 3, (0, 1, 1, 3))],
+)
+def test_gradient_of_a_mask_of_no_pairs(
+    query_length: int, key_length: int, shape: tuple[int, ...], backend: str
+) -> None:
+    batch = 0 if 0 in shape else 1
+    query, key = torch.randn(batch, 2, query_length, 16), torch.randn(batch, 2, key_length, 16)
+    mask = torch.zeros(shape, requires_grad=True)
+    out = attn_ext.attention(query, key, key, attn_mask=mask, backend=backend)
+    weights = attn_ext.attention_weights(query, key, attn_mask=mask, backend=backend)
+    for result in (out, weights):
+        (grad,) = torch.autograd.grad(result.sum(), mask)
+        assert torch.equal(grad, torch.zeros(shape))
+
+
+def test_a_sink_of_minus_infinity(backend: str) -> None:
+    """It takes no part, where rows see nothing else either."""
+    mask = torch.tensor([[False] * 3, [True] * 3])
+    query, key = torch.randn(1, 2, 2, 16), torch.randn(1, 2, 3, 16)
+    sinks = torch.tensor([-math.inf, 0.5], requires_grad=True)
+    out, lse = attn_ext.attention(
+        query, key, key, attn_mask=mask, sinks=sinks, return_lse=True, backend=backend
+    )
+    (grad,) = torch.autograd.grad(out.sum() + lse[:, 1].sum(), sinks)
+    assert grad[0] == 0
+    assert torch.isfinite(grad[1])
+    assert grad[1] != 0
 
 
 @pytest.mark.parametrize("rows", [3, 40])

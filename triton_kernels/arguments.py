@@ -93,6 +93,7 @@ class Shape(NamedTuple):
 
     UNIT: what a natural score is multiplied with, see `scores`. FOLD: whether a score is a product
     times a positive factor, or hidden. HIDES: whether a key that exists can be hidden from a row.
+    MASKED: whether by a mask.
     WHOLE_CALLS: whether q_start is a multiple of 16 and k_start of 32, and positions do not start
     again after 2**32, see `dropout`. PRECISION:
     tl.dot's input_precision.
@@ -107,6 +108,7 @@ class Shape(NamedTuple):
     UNIT: Any
     FOLD: Any
     HIDES: Any
+    MASKED: Any
     WHOLE_CALLS: Any
     PRECISION: Any
 
@@ -144,8 +146,8 @@ def pairs_of(tensor: Tensor) -> Pairs:
 
 
 def masks_of(problem: attn_ext.problem.Problem) -> tuple[Pairs | None, KeyMask | None]:
-    """The masks of pairs and of keys. An attn_mask that all heads and rows share is one of keys,
-    which costs less, where there is no other."""
+    """The masks of pairs and of keys. Without key_padding_mask, an attn_mask that all heads and
+    rows share is one of keys, which costs less."""
     mask, key_mask = problem.attn_mask, problem.key_padding_mask
     pairs = None if mask is None else pairs_of(mask)
     if key_mask is not None:

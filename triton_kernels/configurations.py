@@ -4,9 +4,9 @@ Chosen from `python -m bench.compile_report`, by the instructions of the main lo
 that a tile needs: these count for every warp, so that warps which repeat each other's products,
 because a tile has too few rows for them, show. Nothing spills where a choice without spills was
 found, among tiles of 16 to 128 rows and columns for 4 and 8 warps, that needs no third more
-instructions (some gradients of float32 at a head_dim of 128 have none, and RDNA's from 128 on), and
-shared memory fits. None has been timed: there was no GPU. `tuning` times these and others on the
-GPU at hand.
+instructions (some gradients of float32 at a head_dim of 128 have none, and RDNA's from 128 on); for
+masks not every such tile was compiled for every architecture. Shared memory fits. None has been
+timed: there was no GPU. `tuning` times these and others on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 1, True),
-            64: _C(64, 128, 8, 1, True),
+            64: _C(64, 128, 8),
             128: _C(32, 128, 8, 2, True),
             256: _C(16, 32, 8, 1),
         },
@@ -139,7 +139,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 32, 8),
             64: _C(64, 32),
             128: _C(128, 16, 8),
-            256: _C(32, 16, 16),
+            256: _C(64, 32, 8),
         },
         "backward_queries": {
             32: _C(64, 32),
@@ -199,8 +199,8 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_atomic": dict.fromkeys(_WIDTHS, _C(16, 16, 16)),
     },
 }
-# The same where every pair has an entry of a mask or a random number, which takes registers and
-# shared memory; by width from 64 on.
+# The same where every pair has an entry of a mask or a random number, or every key has an entry of
+# one (padding), which takes registers and shared memory; by width from 64 on.
 _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
     "mma": {
         "dropout": {
@@ -210,10 +210,14 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "backward_atomic": {64: _C(32, 64, 8), 128: _C(32, 64, 8)},
         },
         "mask": {
-            "forward": {64: _C(64, 64, 4), 128: _C(64, 128, 8)},
-            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 16, 8)},
-            "backward_keys": {64: _C(16, 64, 4), 128: _C(64, 64, 8)},
-            "backward_atomic": {64: _C(32, 64, 8), 128: _C(16, 64, 8)},
+            "forward": {64: _C(128, 64, 8), 128: _C(128, 64, 8)},
+            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 32, 8)},
+            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "backward_atomic": {64: _C(32, 32, 4), 128: _C(32, 32, 8)},
+        },
+        "padding": {
+            "forward": {64: _C(128, 64, 8, 2), 128: _C(128, 64, 8)},
+            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 32, 8)},
         },
     },
     "wgmma": {
@@ -225,13 +229,17 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         },
         "mask": {
             "forward": {
-                64: _C(64, 64, 4, 1, True),
+                64: _C(64, 128, 4, 1, True),
                 128: _C(64, 128, 4, 1, True),
                 256: _C(64, 32, 4, 1, True),
             },
-            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 32, 4), 256: _C(128, 32, 8)},
-            "backward_keys": {64: _C(32, 64, 4), 128: _C(16, 64, 4, 2)},
-            "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(128, 32, 8, 1, True)},
+            "backward_queries": {
+                64: _C(64, 128, 4, 1, True),
+                128: _C(128, 64, 8),
+                256: _C(128, 32, 8),
+            },
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
+            "backward_atomic": {64: _C(32, 64, 4), 128: _C(128, 32, 8, 1, True)},
         },
     },
     "tcgen05": {
@@ -242,19 +250,21 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 128, 8)},
         },
         "mask": {
-            "forward": {64: _C(128, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
-            "backward_queries": {64: _C(64, 64, 4), 128: _C(64, 64, 8)},
+            "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "backward_queries": {64: _C(128, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
-            "backward_atomic": {64: _C(32, 128, 4), 128: _C(16, 128, 8)},
+            "backward_atomic": {64: _C(64, 64, 4, 1, True), 128: _C(16, 128, 8)},
         },
+        "padding": {"forward": {128: _C(64, 128, 4, 1, True)}},
     },
+    "amd": {"padding": {"backward_keys": {128: _C(16, 32, 2)}}},
     "rdna": {
         "dropout": {
             "forward": {64: _C(64, 32), 128: _C(128, 32, 8)},
             "backward_queries": {64: _C(64, 32)},
         },
         "mask": {
-            "forward": {64: _C(128, 16, 8), 128: _C(128, 32, 8)},
+            "forward": {64: _C(128, 16, 8), 128: _C(64, 16)},
             "backward_queries": {64: _C(64, 32)},
         },
     },
@@ -281,9 +291,10 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     },
     "mask_gradient": {
         ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(64, 32, 8)},
-        ("mma", 16): {32: _C(64, 64), 64: _C(128, 64, 8), 128: _C(32, 64), 256: _C(64, 16)},
+        ("mma", 16): {32: _C(64, 64), 64: _C(32, 64), 128: _C(64, 64), 256: _C(64, 32)},
+        ("tcgen05", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64, 8), 256: _C(64, 32, 8)},
         ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
-        ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 64, 8), 128: _C(64, 64, 8), 256: _C(32, 32)},
+        ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 32, 8), 128: _C(32, 64, 8), 256: _C(32, 32)},
         ("nvidia", 32): {
             32: _C(32, 64),
             64: _C(32, 64, 8),
@@ -291,7 +302,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
             256: _C(16, 32),
         },
         ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
-        ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
+        ("rdna", 32): {**_ONE_PASS_RDNA_FLOAT32, 64: _C(16, 16, 8)},
     },
 }
 # Of one architecture for which the compiler makes spills, or memory has room, where it does not for
@@ -301,13 +312,22 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
         ("backward_keys", 16, 256, None): _C(64, 32, 8, 2),
         ("backward_keys", 32, 128, None): _C(64, 16, 8),
         ("backward_atomic", 16, 256, None): _C(16, 32, 8),
-        ("mask_gradient", 16, 256, None): _C(32, 64, 8),
+        ("weights", 16, 128, None): _C(128, 64, 8),
     },
-    "sm_86": {("backward_keys", 32, 128, None): _C(64, 16, 8)},
+    "sm_86": {
+        ("backward_keys", 16, 128, "mask"): _C(16, 128, 8),
+        ("backward_keys", 32, 128, None): _C(64, 16, 8),
+    },
+    "sm_90": {("mask_gradient", 32, 64, None): _C(64, 32, 4)},
     "sm_120": {
         ("backward_queries", 16, 256, None): _C(32, 32, 4, 1, True),
         ("backward_queries", 16, 128, "dropout"): _C(32, 64, 4, 1, True),
-        ("backward_queries", 16, 128, "mask"): _C(32, 64, 4, 1, True),
+        ("backward_queries", 16, 128, "mask"): _C(32, 64, 4),
+        ("backward_queries", 16, 128, "padding"): _C(32, 64, 8, 2),
+        ("backward_keys", 16, 128, "mask"): _C(128, 32, 8),
+        ("backward_keys", 16, 256, None): _C(32, 32, 4, 1, True),
+        ("mask_gradient", 16, 128, None): _C(64, 32),
+        ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
 }
 _LIKE = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_121": "sm_120"}
@@ -344,7 +364,8 @@ def configuration_of(
         architecture: "sm_80", "gfx942" and the like, or "interpreter".
         bits: of an element of query.
         width: `block_of` the larger head_dim.
-        laden: "mask" or "dropout" where every pair has an entry or a random number of its own.
+        laden: "mask" or "dropout" where every pair has an entry or a random number of its own,
+            "padding" where only every key has an entry.
     """
     if architecture == "interpreter":
         return INTERPRETED
@@ -372,7 +393,9 @@ def _found(
         return _TABLE[family, bits][kernel][width]
     by_width = _LADEN.get(family, {}).get(laden, {}).get(kernel, {})
     plain = _found(kernel, architecture, bits, width, None)
-    return by_width.get(max(width, 64), plain._replace(num_stages=1))
+    # A key's entries take hardly any memory, so that stages stay.
+    other = plain if laden == "padding" else plain._replace(num_stages=1)
+    return by_width.get(max(width, 64), other)
 
 
 def candidates_of(

@@ -69,16 +69,16 @@ def gradients_of(
         dweights: Pairs, the gradient of the weights, which takes the place of dp; or None.
         share: what dweights are multiplied with.
         keep: the tile of `keep_mask`, or None.
-        WEIGHTS: whether the weights are used; without, a hidden pair's may be NaN.
+        WEIGHTS: whether the weights are used; without, a hidden pair's may be NaN. Its gradients
+            are 0 in any case.
         ROWS: whether what rows that do not exist have is used.
     """
     s, t = scores_of(product, entries, tile, problem, shape, EDGE, ROWS)
-    HIDES: tl.constexpr = (
-        EDGE or problem.scoring.mask is not None or problem.scoring.key_mask is not None
-    )
+    HIDES: tl.constexpr = EDGE or shape.MASKED
     x = s * factor_of(problem, shape) - l_i
-    # LSE may be NaN because of what other keys hold, and so may everything of a hidden pair. Hidden
-    # here and not in the results, among which the compiler would choose once they have 16 bits.
+    # LSE may be NaN because of what other keys hold, and so may everything of a hidden pair. Where
+    # weights are used, pairs are hidden before the exponential and not in the results: in these the
+    # compiler would do it after rounding to 16 bits, which takes more instructions.
     visible = s != -INFINITY
     if HIDES and WEIGHTS:
         x = tl.where(visible, x, -INFINITY)

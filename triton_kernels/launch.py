@@ -48,7 +48,7 @@ LOG2_E = 1.4426950408889634
 
 
 class RowValues(NamedTuple):
-    """What `row_terms` writes, in float32."""
+    """What `row_terms` writes for the other kernels, in float32."""
 
     terms: Rows
     scored_lse: Rows
@@ -126,7 +126,8 @@ def forward_plan(
 
 
 def backward(architecture: str, seed: int | Tensor, problem: Problem, *tensors: Any) -> None:
-    """Writes dquery, dkey, dvalue, dmask and row_term (if given): what `backward_plans` takes."""
+    """Writes dquery and dkey, and dvalue, dmask and row_term where given: what `backward_plans`
+    takes."""
     atomic = ATOMIC and not torch.are_deterministic_algorithms_enabled()
     plans = backward_plans(architecture, seed, problem, *tensors, atomic=atomic)
     with _device_of(problem):
@@ -154,8 +155,8 @@ def backward_plans(
 ) -> list[Plan]:
     """To be run in this order.
 
-    With dweights, times share, in place of out, dout and dlse: of weights, never atomic; row_term
-    is then dlse.
+    row_term is sum(dO * O) - dlse, for the gradient of sinks. With dweights, times share, in place
+    of out, dout and dlse: of weights, never atomic; row_term is then dlse.
     """
     for_weights = dweights is not None
     row_values = None
@@ -364,7 +365,7 @@ def _settings(
     )
     single = problem.query.dtype is torch.float32
     folds = problem.scale > 0 and not (problem.softcap or floats or slopes is not None)
-    hides = mask is not None or key_mask is not None or reach != Reach(None, None)
+    masked = mask is not None or key_mask is not None
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
     return {
         "scoring": scoring,
@@ -380,7 +381,8 @@ def _settings(
             BLOCK_DV=block_of(value_dim),
             UNIT=_unit(problem),
             FOLD=folds,
-            HIDES=hides,
+            HIDES=masked or reach != Reach(None, None),
+            MASKED=masked,
             WHOLE_CALLS=_has_whole_calls(problem.q_start, problem.query_length, 16)
             and _has_whole_calls(problem.k_start, problem.key_length, 32),
             PRECISION=precision(architecture) if single else None,

@@ -3,7 +3,8 @@
 Grid: a program for BLOCK_M by BLOCK_N entries of the mask, as it is in memory; where a dimension
 broadcasts (its stride is 0), the program goes through all of it, adding in registers, so that
 nothing is atomic and no (Lq, Lk) tensor is needed beyond the mask's own. It reads queries, keys,
-values and output gradients of every tile that it visits. Tested like `backward_queries`.
+values and output gradients of every tile that it visits, and compares no positions where all pairs
+exist and are within reach. Tested like `backward_queries`.
 """
 
 from __future__ import annotations
@@ -108,14 +109,16 @@ def mask_gradient(
     key_blocks = 1 if OVER_KEYS else tl.cdiv(sizes.key_length, shape.BLOCK_N)
     row_blocks = 1 if OVER_ROWS else tl.cdiv(sizes.query_length, shape.BLOCK_M)
     head_blocks = 1 if OVER_HEADS else sizes.query_heads
-    keys = span(OVER_KEYS, index % key_blocks, sizes.key_length, shape.BLOCK_N)
+    first_key, last_key = span(OVER_KEYS, index % key_blocks, sizes.key_length, shape.BLOCK_N)
     index = index // key_blocks
-    rows = span(OVER_ROWS, index % row_blocks, sizes.query_length, shape.BLOCK_M)
+    first_row, last_row = span(OVER_ROWS, index % row_blocks, sizes.query_length, shape.BLOCK_M)
     index = index // row_blocks
-    heads = span(OVER_HEADS, index % head_blocks, sizes.query_heads, 1)
-    ranges = span(OVER_BATCHES, index // head_blocks, batches, 1), heads, rows, keys
-    first_row, last_row = rows
-    first_key, last_key = keys
+    first_head, last_head = span(OVER_HEADS, index % head_blocks, sizes.query_heads, 1)
+    first_batch, last_batch = span(OVER_BATCHES, index // head_blocks, batches, 1)
+    ranges = (
+        (first_batch, last_batch), (first_head, last_head),
+        (first_row, last_row), (first_key, last_key),
+    )  # fmt: skip
     row_count = tl.cdiv(last_row - first_row, shape.BLOCK_M) * shape.BLOCK_M
     key_count = tl.cdiv(last_key - first_key, shape.BLOCK_N) * shape.BLOCK_N
     if is_full(first_row, row_count, first_key, key_count, problem):
@@ -133,7 +136,7 @@ def mask_gradient(
     if OVER_KEYS:
         total = tl.sum(total, 1, keep_dims=True)
         columns = tl.arange(0, 1)[None, :]
-    base = start_of(dmask, ranges[0][0], heads[0])
+    base = start_of(dmask, first_batch, first_head)
     base += tl.cast(first_row, tl.int64) * dmask.stride_m
     base += tl.cast(first_key, tl.int64) * dmask.stride_n
     inside = (rows < last_row - first_row) & (columns < last_key - first_key)

@@ -2,8 +2,9 @@
 
     term = dlse - sum(dO * O),  and LSE in score units, +inf for rows that see nothing
 
-Grid: a program for BLOCK_M rows of one head; it reads O, dO and LSE once. In float64: the term is
-added to every dP, which it nearly cancels where few keys are visible.
+Grid: a program for BLOCK_M rows of one head; it reads O, dO, LSE and dlse once. The sum is in
+float64: a term is added to every dP, which it nearly cancels where few keys are visible. Negated,
+as other backends have it, it goes out again for the gradient of sinks.
 """
 
 from __future__ import annotations

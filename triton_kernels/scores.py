@@ -130,7 +130,7 @@ def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.conste
 @triton.jit
 def load_pairs(pairs, tile, sizes, EDGE: tl.constexpr):
     """A tile of a tensor of pairs, or None; beyond the last row, and with EDGE beyond the last key,
-    the last one's entries."""
+    the last one's entries. (Without EDGE a block of rows may end beyond the last one, too.)"""
     if pairs is None:
         return None
     else:
@@ -142,7 +142,7 @@ def load_pairs(pairs, tile, sizes, EDGE: tl.constexpr):
         rows = tl.minimum(tile.rows, sizes.query_length - 1 - tile.start_m)
         columns = keys_that_exist(tile, sizes, EDGE)
         pointers = base + (rows[None, :, :] * pairs.stride_m + columns[None, :, :] * pairs.stride_n)
-        return load_apart(pointers)
+        return load_mask_tile(pointers)
 
 
 @triton.jit
@@ -153,15 +153,15 @@ def load_key_mask(mask, tile, sizes, EDGE: tl.constexpr):
     else:
         base = mask.ptr + tl.cast(tile.batch, tl.int64) * mask.stride_b
         base += tl.cast(tile.start_n, tl.int64) * mask.stride_n
-        return load_apart(base + keys_that_exist(tile, sizes, EDGE)[None, :, :] * mask.stride_n)
+        return load_mask_tile(base + keys_that_exist(tile, sizes, EDGE)[None, :, :] * mask.stride_n)
 
 
 @triton.jit
-def load_apart(pointers):
-    """The entries at (1, M, N), bool ones as bytes.
+def load_mask_tile(pointers):
+    """What lies at pointers (1, M, N), as (M, N); bools as bytes.
 
-    The sum over the one is for the compiler: it looks for the narrowest load that leads to the
-    operand of a product in order to lay this out, and stops at reductions. Because of bytes it
+    The sum over the dimension of 1 is for the compiler: to lay out the operand of a product, it
+    looks for the narrowest load that leads to it, and stops at reductions. Because of bytes it
     would have weights in fours instead of pairs, and threads exchange them.
     """
     if pointers.dtype.element_ty == tl.int1:
@@ -218,8 +218,9 @@ def hide_by_position(s, tile, problem, ROWS: tl.constexpr):
 def load_entries(tile, problem, EDGE: tl.constexpr):
     """The tile's entries of both masks, or None.
 
-    Before the products: so the loads are on their way meanwhile, and the compiler, which takes the
-    layout of what it met last, reduces scores in the layout of products and not of masks.
+    Where scores are reduced, load before the product: the compiler then reduces them in the layout
+    of the product and not, a second time, in that of a mask; and the loads are on their way
+    meanwhile.
     """
     scoring = problem.scoring
     return (

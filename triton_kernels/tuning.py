@@ -65,9 +65,14 @@ def configuration(
 def size_of(architecture: str, problem: Problem) -> tuple[str, int, int, str | None]:
     """What `configuration_of` takes of a problem."""
     width = block_of(max(problem.query.shape[3], problem.value.shape[3]))
-    laden = "dropout" if problem.dropout_p > 0 else None
-    if masks_of(problem)[0] is not None:
+    mask, key_mask = masks_of(problem)
+    laden = None
+    if mask is not None:
         laden = "mask"
+    elif problem.dropout_p > 0:
+        laden = "dropout"
+    elif key_mask is not None:
+        laden = "padding"
     return architecture, problem.query.element_size() * 8, width, laden
 
 

@@ -2,8 +2,9 @@
 over heads, in one pass that never holds (B, Hq, Lq, Lk) if averaged.
 
 Grid: a program for BLOCK_M queries by BLOCK_N keys of one head, or of all heads of a batch, whose
-tiles it sums in registers. It reads the queries and keys of its tile and writes the tile. Tested
-against attn_ext/backends/reference.py, interpreted, in tests/test_contract.py.
+tiles it sums in registers. It reads the queries and keys of its tile, compares no positions where
+all pairs exist and are within reach, and writes the tile. Tested against
+attn_ext/backends/reference.py, interpreted, in tests/test_contract.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,6 @@ def add_weights(total, q, k, lse, count, tile, problem, shape: tl.constexpr, EDG
     """Adds the weights of some heads, of which `tile.head` is the first."""
     sizes = problem.sizes
     offs_d = tl.arange(0, shape.BLOCK_D)
-    HIDES: tl.constexpr = (
-        EDGE or problem.scoring.mask is not None or problem.scoring.key_mask is not None
-    )
     for head in range(tile.head, tile.head + count):
         here = Tile(tile.batch, head, tile.start_m, tile.start_n, tile.rows, tile.columns)
         queries = head_of(q, tile.batch, head, sizes.query_length)
@@ -45,7 +43,7 @@ def add_weights(total, q, k, lse, count, tile, problem, shape: tl.constexpr, EDG
         s, _ = scores_of(product, entries, here, problem, shape, EDGE)
         l_i, _ = load_row_values(lse, None, here, tile.rows, problem, shape, EDGE)
         x = s * factor_of(problem, shape) - l_i
-        if HIDES:
+        if EDGE or shape.MASKED:
             x = tl.where(s != -INFINITY, x, -INFINITY)  # LSE may be NaN because of other keys
         p = exp_of(x, shape.UNIT)
         if problem.dropout is not None:

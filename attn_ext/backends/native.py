@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def backward(
     sinks, dsinks = problem.sinks, None
     if sinks is not None and row_term is not None:
         shares = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+        shares = shares.masked_fill(lse == -math.inf, 0.0)  # nothing is seen, the sink neither
         dsinks = -(shares * row_term).sum(dim=(0, 2)).to(sinks.dtype)
     return Gradients(dq, dk, dv, _as_mask(dmask, problem), dsinks)
 
@@ -105,7 +107,9 @@ def mask_gradient_of(problem: Problem) -> Tensor:
     """Where a kernel writes the gradient of attn_mask, a value for each of its entries."""
     assert problem.attn_mask is not None
     mask = problem.attn_mask
-    return torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    # A sum over no pairs is 0, and nobody writes it.
+    make = torch.zeros if 0 in pairs(problem) else torch.empty
+    return make(mask.shape, dtype=torch.float32, device=mask.device)
 
 
 def pairs(problem: Problem) -> tuple[int, int, int, int]:

@@ -35,11 +35,13 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     query = problem.query
     reasons = list(_reasons_of_device(query.device))
     reasons += native.reasons_of_inputs(query.dtype, query.shape[3], problem.value.shape[3])
+    padding = problem.key_padding_mask
     for name, tensor in (
         ("query", query),
         ("key", problem.key),
         ("value", problem.value),
         ("attn_mask", problem.attn_mask),
+        ("key_padding_mask", None if padding is None else padding[:, None, None]),
     ):
         if tensor is not None and _is_far_apart(tensor):
             reasons.append(

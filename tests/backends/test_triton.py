@@ -153,7 +153,7 @@ def test_every_architecture_has_a_configuration_of_every_width() -> None:
         for kernel in (*KERNELS, "backward_atomic"):
             for bits in (16, 32):
                 for width, laden in itertools.product(
-                    (16, 32, 64, 128, 256), (None, "mask", "dropout")
+                    (16, 32, 64, 128, 256), (None, "mask", "dropout", "padding")
                 ):
                     found = configurations.configuration_of(
                         kernel, architecture, bits, width, laden
@@ -258,9 +258,7 @@ def test_a_mask_that_heads_and_rows_share_is_one_of_keys(
     expected: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
 ) -> None:
     query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8)
-    problem = Problem.build(
-        query, key, key, attn_mask=attn_mask, key_padding_mask=key_padding_mask
-    )
+    problem = Problem.build(query, key, key, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
     found = arguments.masks_of(problem)
     assert tuple(None if mask is None else tuple(mask[1:]) for mask in found) == expected
 
@@ -270,7 +268,7 @@ KERNELS = ("forward", "row_terms", "backward_queries", "backward_keys", "mask_gr
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "backward_atomic"])
 @pytest.mark.parametrize("bits", [16, 32])
-@pytest.mark.parametrize("laden", [None, "mask", "dropout"])
+@pytest.mark.parametrize("laden", [None, "mask", "dropout", "padding"])
 @pytest.mark.parametrize(
     "architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 )
