@@ -91,6 +91,7 @@ SPILLS = {
     "sm_90 backward_atomic float16 128 mask": 4,
     "sm_90 backward_keys float32 128 plain": 135,
     "sm_90 mask_gradient float32 128 bias": 59,
+    "sm_100 forward float16 256 causal": 2,
     "sm_100 backward_queries float16 256 causal": 3,
     "sm_100 backward_queries float32 128 plain": 4,
     "sm_100 backward_keys float32 128 plain": 52,

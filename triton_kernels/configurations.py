@@ -5,8 +5,10 @@ that a tile needs: these count for every warp, so that warps which repeat each o
 because a tile has too few rows for them, show. Nothing spills where a choice without spills was
 found, among tiles of 16 to 128 rows and columns for 4 and 8 warps, that needs no third more
 instructions (some gradients of float32 at a head_dim of 128 have none, and RDNA's from 128 on); for
-masks not every such tile was compiled for every architecture. Shared memory fits. None has been
-timed: there was no GPU. `tuning` times these and others on the GPU at hand.
+masks not every such tile was compiled for every architecture. Shared memory fits. Of about equal
+ones those with more rows: every block of rows reads keys and values from L2, and tcgen05's
+instructions fill 128. None has been timed: there was no GPU. `tuning` times these and others on the
+GPU at hand.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_queries": {
             32: _C(128, 64, 8, 2),
             64: _C(128, 64, 8, 2),
-            128: _C(32, 64, 8, 2),
+            128: _C(128, 32, 8),
             256: _C(32, 32, 4),
         },
         "backward_keys": {
@@ -66,19 +68,19 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 128, 8, 2, True),
             128: _C(64, 128, 4, 1, True),
-            256: _C(64, 32, 4),
+            256: _C(128, 64, 8, 1, True),
         },
         "backward_queries": {
             32: _C(128, 64, 8, 2),
-            64: _C(128, 128, 8, 2),
-            128: _C(64, 64, 4, 2),
+            64: _C(64, 128, 4, 2, True),
+            128: _C(64, 128, 4, 1, True),
             256: _C(128, 64, 8, 1, True),
         },
         "backward_keys": {
             32: _C(64, 64, 4, 2),
             64: _C(64, 64, 4, 2),
             128: _C(32, 128, 8, 2, True),
-            256: _C(64, 32, 8),
+            256: _C(32, 32, 4, 1, True),
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 1, True),
@@ -91,25 +93,25 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "forward": {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 128, 8, 2, True),
-            128: _C(128, 64, 8, 1, True),
-            256: _C(64, 64, 8, 1, True),
+            128: _C(128, 128, 8, 2, True),
+            256: _C(128, 128, 8, 1, True),
         },
         "backward_queries": {
             32: _C(128, 64, 8, 2, True),
-            64: _C(128, 64, 8, 2, True),
-            128: _C(64, 64, 8, 2, True),
+            64: _C(128, 64, 4, 2, True),
+            128: _C(128, 128, 8, 1, True),
             256: _C(64, 64, 4, 1, True),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2, True),
-            64: _C(64, 128, 8, 1, True),
-            128: _C(64, 64, 8, 1, True),
+            64: _C(32, 128, 4),
+            128: _C(64, 128, 8, 1, True),
             256: _C(64, 16, 4, 1, True),
         },
         "backward_atomic": {
             32: _C(64, 128, 8, 2, True),
-            64: _C(64, 128, 8, 1, True),
-            128: _C(32, 64, 8, 1, True),
+            64: _C(64, 128, 8),
+            128: _C(32, 64, 4, 1, True),
             256: _C(16, 32, 8, 1),
         },
     },
@@ -118,13 +120,13 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         "backward_queries": {
             32: _C(64, 32, 2),
             64: _C(64, 32, 2),
-            128: _C(64, 32, 2),
+            128: _C(128, 32),
             256: _C(32, 16, 2),
         },
         "backward_keys": {
             32: _C(32, 64, 2),
             64: _C(32, 64, 2),
-            128: _C(32, 32, 2),
+            128: _C(16, 64, 2),
             256: _C(16, 32, 2),
         },
         "backward_atomic": {
@@ -229,7 +231,7 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         },
         "mask": {
             "forward": {
-                64: _C(64, 128, 4, 1, True),
+                64: _C(128, 128, 8, 1, True),
                 128: _C(64, 128, 4, 1, True),
                 256: _C(64, 32, 4, 1, True),
             },
@@ -250,12 +252,11 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 128, 8)},
         },
         "mask": {
-            "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
-            "backward_queries": {64: _C(128, 64, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "forward": {64: _C(128, 64, 4, 1, True), 128: _C(128, 128, 8, 1, True)},
+            "backward_queries": {64: _C(128, 64, 4, 1, True), 128: _C(128, 64, 8)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
             "backward_atomic": {64: _C(64, 64, 4, 1, True), 128: _C(16, 128, 8)},
         },
-        "padding": {"forward": {128: _C(64, 128, 4, 1, True)}},
     },
     "amd": {"padding": {"backward_keys": {128: _C(16, 32, 2)}}},
     "rdna": {
