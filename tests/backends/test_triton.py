@@ -117,12 +117,18 @@ def test_refusals(changes: dict[str, object], options: dict[str, object], reason
 
 
 @on_the_interpreter
-def test_offsets_that_32_bits_would_not_hold_are_refused() -> None:
-    mask = torch.empty_strided((4, 5), (2**24, 1), device="meta", dtype=torch.bool)
+@pytest.mark.parametrize(
+    ("name", "shape", "strides"),
+    [("attn_mask", (4, 5), (2**24, 1)), ("key_padding_mask", (1, 5), (1, 2**24))],
+)
+def test_offsets_that_32_bits_would_not_hold_are_refused(
+    name: str, shape: tuple[int, int], strides: tuple[int, int]
+) -> None:
+    mask = torch.empty_strided(shape, strides, device="meta", dtype=torch.bool)
     query = torch.empty(1, 2, 4, 8, device="meta")
     key = torch.empty(1, 2, 5, 8, device="meta")
-    reasons = backend.not_supported_reasons(Problem.build(query, key, key, attn_mask=mask))
-    assert reasons[-1].startswith("attn_mask has strides of (")
+    reasons = backend.not_supported_reasons(Problem.build(query, key, key, **{name: mask}))
+    assert reasons[-1].startswith(f"{name} has strides of (")
     assert reasons[-1].endswith("at most 8388608 between rows and columns would do")
 
 
