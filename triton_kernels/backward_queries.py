@@ -29,8 +29,8 @@ from attn_ext.triton_kernels.scores import (
     load_entries,
     load_passing_tile,
     load_tile,
-    start_of,
     store_tile,
+    store_values,
 )
 
 
@@ -125,10 +125,8 @@ def sum_key_by_key(
 @triton.jit
 def store_dlse(dlse, tile, start_m, sums, ROWS: tl.constexpr, problem):
     """Minus the sums of a head's rows from `start_m` on."""
-    offs_m = tl.arange(0, ROWS)
-    pointers = start_of(dlse, tile.batch, tile.head)
-    pointers += (start_m + offs_m).to(tl.int64) * dlse.stride_l
-    tl.store(pointers, -sums, mask=offs_m < problem.sizes.query_length - start_m)
+    here = Tile(tile.batch, tile.head, start_m, tile.start_n, tile.rows, tile.columns)
+    store_values(dlse, here, tl.arange(0, ROWS), -sums, problem.sizes.query_length)
 
 
 @triton.jit(do_not_specialize=["reach", "dropout", "sizes"])

@@ -12,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attn_ext.triton_kernels.arguments import Tile
 from attn_ext.triton_kernels.gradients import score_lse
-from attn_ext.triton_kernels.scores import head_of, load_tile, start_of
+from attn_ext.triton_kernels.scores import head_of, load_tile, load_values, store_values
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -42,17 +43,13 @@ def row_terms(
     o = load_tile(outputs, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
     do = load_tile(gradients, start_m, rows, columns, VALUE_DIM, True).to(tl.float64)
     term = -tl.sum(o * do, 1)
-    offs_m = tl.arange(0, BLOCK_M)
-    exists = offs_m < length - start_m
-    row = (start_m + offs_m).to(tl.int64)
+    tile = Tile(batch, head, start_m, 0, rows, columns)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)  # a gradient of LSE has any strides
     if dlse is not None:
-        pointers = start_of(dlse, batch, head) + row * dlse.stride_l
-        term += tl.load(pointers, mask=exists, other=0.0)
-    pointers = start_of(terms, batch, head) + row * terms.stride_l
-    tl.store(pointers, term.to(tl.float32), mask=exists)
+        term += load_values(dlse, tile, offs_m, length, 0.0, True)
+    term = term.to(tl.float32)
+    store_values(terms, tile, offs_m, term, length)
     if negated_terms is not None:
-        pointers = start_of(negated_terms, batch, head) + row * negated_terms.stride_l
-        tl.store(pointers, -term.to(tl.float32), mask=exists)
-    l_i = tl.load(start_of(lse, batch, head) + row * lse.stride_l, mask=exists, other=0.0)
-    pointers = start_of(scored_lse, batch, head) + row * scored_lse.stride_l
-    tl.store(pointers, score_lse(l_i, UNIT), mask=exists)
+        store_values(negated_terms, tile, offs_m, -term, length)
+    l_i = score_lse(load_values(lse, tile, offs_m, length, 0.0, True), UNIT)
+    store_values(scored_lse, tile, offs_m, l_i, length)

@@ -128,6 +128,14 @@ def load_values(values, tile, rows, length, other: tl.constexpr, EDGE: tl.conste
 
 
 @triton.jit
+def store_values(values, tile, rows, x, length):
+    """Writes a value for each row that exists."""
+    base = start_of(values, tile.batch, tile.head)
+    pointers = base + tl.cast(tile.start_m, tl.int64) * values.stride_l + rows * values.stride_l
+    tl.store(pointers, x, mask=rows < length - tile.start_m)
+
+
+@triton.jit
 def load_pairs(pairs, tile, sizes, EDGE: tl.constexpr):
     """A tile of a tensor of pairs, or None; beyond the last row, and with EDGE beyond the last key,
     the last one's entries. (Without EDGE a block of rows may end beyond the last one, too.)"""

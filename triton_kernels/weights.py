@@ -28,10 +28,11 @@ from attn_ext.triton_kernels.scores import (
 
 
 @triton.jit
-def add_weights(total, q, k, lse, count, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
-    """Adds the weights of some heads, of which `tile.head` is the first."""
+def sum_weights(q, k, lse, count, tile, problem, shape: tl.constexpr, EDGE: tl.constexpr):
+    """The sum of the weights of some heads, of which `tile.head` is the first."""
     sizes = problem.sizes
     offs_d = tl.arange(0, shape.BLOCK_D)
+    total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     for head in range(tile.head, tile.head + count):
         here = Tile(tile.batch, head, tile.start_m, tile.start_n, tile.rows, tile.columns)
         queries = head_of(q, tile.batch, head, sizes.query_length)
@@ -80,11 +81,10 @@ def weights(
     rows, columns = tl.arange(0, shape.BLOCK_M)[:, None], tl.arange(0, shape.BLOCK_N)[None, :]
     tile = Tile(batch, first_head, start_m, start_n, rows, columns)
 
-    total = tl.zeros((shape.BLOCK_M, shape.BLOCK_N), tl.float32)
     if is_full(start_m, shape.BLOCK_M, start_n, shape.BLOCK_N, problem):
-        total = add_weights(total, q, k, lse, count, tile, problem, shape, False)
+        total = sum_weights(q, k, lse, count, tile, problem, shape, False)
     else:
-        total = add_weights(total, q, k, lse, count, tile, problem, shape, True)
+        total = sum_weights(q, k, lse, count, tile, problem, shape, True)
     if AVERAGE:
         total *= 1 / count.to(tl.float32)
     base = start_of(out, batch, first_head)
