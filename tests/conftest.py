@@ -40,6 +40,16 @@ if torch.cuda.is_available():
     BACKEND_IDS += [pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in DEVICE_BACKENDS]
 
 
+_BACKEND = re.compile(
+    r"(?<=\[)(" + "|".join(getattr(x, "values", [x])[0] for x in BACKEND_IDS) + r")(-|(?=\]))"
+)
+
+
+def _of_any_backend(nodeid: str) -> str:
+    """The same for a test with each of the backends."""
+    return _BACKEND.sub("", nodeid)
+
+
 @pytest.fixture(params=BACKEND_IDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend, with one of its instruction sets or architectures in force.
@@ -61,6 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     """What runs emulated or interpreted is too slow for the full sweep itself.
 
     Of the rest, the interpreter has a part in every run, and all of it with `-m exhaustive`.
+    A problem's tests follow each other, for the reference's results are kept (`cases.run_reference`).
     """
     slow = {
         item
@@ -70,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     }
     config.hook.pytest_deselected(items=list(slow))
     items[:] = [item for item in items if item not in slow]
+    order: dict[str, int] = {}
+    items.sort(key=lambda item: order.setdefault(_of_any_backend(item.nodeid), len(order)))
     for item in items:
         name = item.name.replace("[triton-", "[").replace("[triton]", "")
         if name != item.name and name not in interpreted.BY_DEFAULT:
@@ -78,8 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
-    """Processes of pytest-xdist share out the contract suite. Other files, whose tests may have
-    something compiled in common, stay whole. (Its own xdist_group does nothing with pytest 9.2: version
+    """Processes of pytest-xdist share out the problems of the contract suite. Other files, whose tests may
+    have something compiled in common, stay whole. (Its own xdist_group does nothing with pytest 9.2: version
     3.8 renames tests by an attribute that is gone.)"""
     if config.getvalue("dist") != "load":  # asked for
         return None
@@ -88,7 +101,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return nodeid if path.endswith("test_contract.py") else path
+            return _of_any_backend(nodeid) if path.endswith("test_contract.py") else path
 
     return Scheduling(config, log)
 

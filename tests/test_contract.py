@@ -24,6 +24,7 @@ from cases import (
     gradients_through_scores,
     make_inputs,
     run,
+    run_reference,
 )
 from torch import Tensor
 
@@ -48,14 +49,14 @@ def assert_contract(inputs: Inputs, dtype: torch.dtype, backend: str, average: b
     two parts, through the scores and through LSE, that may cancel: the first one's rounding is allowed for.
     """
     actual = run(inputs, backend, average)
-    expected = run(inputs.to(torch.float64), "reference", average)
-    plain, precision = run(inputs, "reference", average), 1.0
+    expected = run_reference(inputs.to(torch.float64), average)
+    plain, precision = run_reference(inputs, average), 1.0
     truth, parts = expected, {}
     if dtype is torch.float64:
         narrow = inputs.to(torch.float32)
         plain, truth = (
-            run(narrow, "reference", average),
-            run(narrow.to(dtype), "reference", average),
+            run_reference(narrow, average),
+            run_reference(narrow.to(dtype), average),
         )
         precision = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         parts = gradients_through_scores(inputs, average)
@@ -161,6 +162,8 @@ def test_random_garbage(seed: int, few_rows: bool, backend: str) -> None:
     """NaN or inf in a row of a random problem, or in one number of it, goes no further than in the reference."""
     choose = random.Random(seed)
     lengths = (1, 2, 3) if few_rows else QUERY_LENGTHS
+    if backend == "triton":  # whose blocks are small here: more rows are minutes
+        lengths = tuple(min(length, 70) for length in lengths)
     inputs = random_inputs(1000 + seed, [torch.float32, torch.bfloat16, torch.float16], lengths)
     if few_rows:  # with dropout, the kernels for these are not asked
         inputs.options.pop("dropout_p", None)
@@ -174,7 +177,7 @@ def test_random_garbage(seed: int, few_rows: bool, backend: str) -> None:
         place.fill_(choose.choice([math.nan, math.inf, -math.inf]))
 
     actual = run(inputs, backend, average=bool(seed % 2))
-    expected = run(inputs.to(torch.float64), "reference", average=bool(seed % 2))
+    expected = run_reference(inputs.to(torch.float64), average=bool(seed % 2))
     for name, exact in expected.items():
         finite = torch.isfinite(exact)
         largest = exact[finite].abs().amax().item() if finite.any() else 0.0
@@ -640,7 +643,7 @@ def test_mask_without_a_key_dimension(shape: tuple[int, ...], backend: str) -> N
     case = Case("", lambda s: {"sinks": torch.randn(s.query_heads, dtype=torch.float64)})
     inputs = make_inputs(case, torch.float32)
     inputs.options["attn_mask"] = torch.randn(shape).requires_grad_()
-    actual, expected = run(inputs, backend), run(inputs.to(torch.float64), "reference")
+    actual, expected = run(inputs, backend), run_reference(inputs.to(torch.float64))
     for name, tensor in actual.items():
         terms = 61 * 83 * 6 / inputs.options["attn_mask"].numel() if "gradient 3" in name else 83
         tolerance = torch.finfo(torch.float32).eps * terms
