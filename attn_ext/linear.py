@@ -37,14 +37,13 @@ from attn_ext.ops import is_batched, is_transformed
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _SMALLEST_PRODUCT = 2**21
 """M * N * K for each thread from which the operator wins: a call costs 12 µs, and one of MKL 2."""
-_SMALLEST_OF_FEW_ROWS = {"AuthenticAMD": 2**20, "GenuineIntel": 3 * 2**20}
-"""M * N * K from which our own kernel wins, where it fits and no derivative is wanted, by the
-processor's vendor. MKL's call costs less on Intel's."""
-_FEW_ROWS = range(4, 17)
-"""How many rows our own kernel is for."""
-_MORE_ROWS = {"AuthenticAMD": range(0), "GenuineIntel": range(17, 65)}
-_SMALLEST_OF_MORE_ROWS = 2**24
-"""How many it is for besides, where M * N * K is at least this. oneDNN is for them on AMD's."""
+_FEW_ROWS = {
+    "AuthenticAMD": [(range(4, 17), 2**20)],
+    "GenuineIntel": [(range(4, 17), 3 * 2**20), (range(17, 65), 2**24)],
+}
+"""How many rows our own kernel is for, and the M * N * K from which it wins, where it fits and no
+derivative is wanted, by the processor's vendor; the smallest first. MKL's call costs less on
+Intel's, and oneDNN is for more rows on AMD's."""
 _SMALLEST_WEIGHT_GRADIENT = 2**22
 """The same for the gradient of a weight, which runs at three quarters of the operator's speed."""
 _FEWEST_ROWS = 4
@@ -73,7 +72,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
         and weight.dim() == 2
-        and input.numel() * weight.size(0) >= _SMALLEST_OF_FEW_ROWS[_vendor]
+        and input.numel() * weight.size(0) >= _FEW_ROWS[_vendor][0][1]
         and _is_plain(input)
         and _is_plain(weight)
         and _fits(input, weight, bias)
@@ -166,7 +165,7 @@ def _has_few_rows(input: Tensor, weight: Tensor) -> bool:
         return False
     rows, products = input.numel() // depth, input.numel() * weight.size(0)
     return (
-        (rows in _FEW_ROWS or (rows in _MORE_ROWS[_vendor] and products >= _SMALLEST_OF_MORE_ROWS))
+        any(rows in few and products >= smallest for few, smallest in _FEW_ROWS[_vendor])
         and input.is_contiguous()
         and weight.is_contiguous()
         and not (input.is_neg() or weight.is_neg())
@@ -247,7 +246,7 @@ _vendor = _processor_vendor()
 
 has_fast_kernel = (
     torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and _vendor in _SMALLEST_OF_FEW_ROWS
+    and _vendor in _FEW_ROWS
     and torch.backends.mkl.is_available()
     and hasattr(torch._C, "_get_fp32_precision_getter")
 )

@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(implementation, "_product", product)
     monkeypatch.setattr(implementation, "_SMALLEST_PRODUCT", 0)
-    monkeypatch.setattr(implementation, "_SMALLEST_OF_FEW_ROWS", {implementation._vendor: 0})
+    monkeypatch.setitem(implementation._FEW_ROWS, implementation._vendor, [(range(4, 17), 0)])
     monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_GRADIENT", 0)
     return seen
 
@@ -222,7 +222,7 @@ def test_few_rows(
 def test_few_rows_on_several_threads(
     few_rows: list[int], rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(implementation, "_FEW_ROWS", range(4, 65))
+    monkeypatch.setitem(implementation._FEW_ROWS, implementation._vendor, [(range(4, 65), 0)])
     x, weight = torch.randn(rows, 1024), torch.randn(1615, 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
