@@ -99,8 +99,8 @@ def target_table(rows: Sequence[Row]) -> Table:
 
 def kernel_table(rows: Sequence[Row]) -> Table:
     table = Table(
-        "", "kernel", "registers", "spills", "shared, KiB", "warps", "blocks", "each HMMA", "edge",
-        "times done", "matrix instructions",
+        "", "kernel", "registers", "spills (in the loop)", "shared, KiB", "warps", "blocks",
+        "each HMMA", "edge", "times done", "matrix instructions",
     )  # fmt: skip
     for row in rows:
         each = [f"{loop['per_matrix_unit']:.2f}" for loop in row["loops"][:2]]
@@ -109,7 +109,7 @@ def kernel_table(rows: Sequence[Row]) -> Table:
             row["architecture"],
             f"{row['kernel']} {row['dtype']} {row['head_dim']} {row['kind']}",
             str(row["registers"]),
-            str(row["spills"] or "-"),
+            _spills(row),
             f"{row['shared_bytes'] / 1024:.1f}",
             str(row["warps"]),
             str(row.get("blocks_per_multiprocessor", "")),
@@ -118,6 +118,13 @@ def kernel_table(rows: Sequence[Row]) -> Table:
             ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items()),
         )
     return table
+
+
+def _spills(row: Row) -> str:
+    """Words on the stack, and how often the main loop goes there."""
+    if not row["spills"]:
+        return "-"
+    return f"{row['spills']} ({row['loops'][0]['spills'] if row['loops'] else '?'})"
 
 
 def worse(row: Row, committed: Row) -> list[str]:
@@ -129,11 +136,11 @@ def worse(row: Row, committed: Row) -> list[str]:
     ]
     if row.get("blocks_per_multiprocessor", 0) < committed.get("blocks_per_multiprocessor", 0):
         found.append(f"blocks {row['blocks_per_multiprocessor']}")
-    pairs = zip(row["loops"], committed["loops"], strict=False)
     found += [
-        f"{ours['per_matrix_unit']} instructions each HMMA, committed {theirs['per_matrix_unit']}"
-        for ours, theirs in pairs
-        if ours["per_matrix_unit"] > theirs["per_matrix_unit"]
+        f"{key} of a loop {ours[key]}, committed {theirs[key]}"
+        for ours, theirs in zip(row["loops"], committed["loops"], strict=False)
+        for key in ("per_matrix_unit", "spills")
+        if ours[key] > theirs[key]
     ]
     return found
 

@@ -160,6 +160,7 @@ def figures(name: Name, kernel: Any) -> dict[str, Any]:
                 "matrix_work": needed,
                 "per_matrix_unit": round(loop.body.instructions / needed, 2),
                 "times_done": _rounded((loop.body.matrix_work or 0) / needed or None),
+                "spills": loop.body.units["local memory"],
             }
             for loop in function.main_loops()
         ],

@@ -4,11 +4,13 @@ Chosen from `python -m bench.compile_report`, by the instructions of the main lo
 that a tile needs: these count for every warp, so that warps which repeat each other's products,
 because a tile has too few rows for them, show. Nothing spills where a choice without spills was
 found, among tiles of 16 to 128 rows and columns for 4 and 8 warps, that needs no third more
-instructions (some gradients of float32 at a head_dim of 128 have none, and RDNA's from 128 on); for
-masks not every such tile was compiled for every architecture. Shared memory fits. Of about equal
-ones those with more rows: every block of rows reads keys and values from L2, and tcgen05's
-instructions fill 128. None has been timed: there was no GPU. `tuning` times these and others on the
-GPU at hand.
+instructions (some gradients of float32 at a head_dim of 128 have none); for masks not every such
+tile was compiled for every architecture. RDNA3 has 256 registers for operands that lie twice in a
+wavefront of 32: what does not spill there has too few rows for its warps, and takes 1.4 to 4 times
+the instructions. So its choice is by what is spilled in the main loop, which is counted there, and
+not by what waits on the stack for a loop's end. Shared memory fits. Of about equal ones those with
+more rows: every block of rows reads keys and values from L2, and tcgen05's instructions fill 128.
+None has been timed: there was no GPU. `tuning` times these and others on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -19,13 +21,18 @@ import triton
 
 
 class Configuration(NamedTuple):
-    """`descriptors`: whether the tiles that pass by are copied by hardware (TMA)."""
+    """`descriptors`: whether the tiles that pass by are copied by hardware (TMA).
+
+    `waves_per_eu`: for how many waves of a SIMD AMD's compiler plans, by which it orders loads and
+    hands out registers; 0 leaves that to it.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int = 4
     num_stages: int = 1
     descriptors: bool = False
+    waves_per_eu: int = 0
 
 
 INTERPRETED = Configuration(32, 32, descriptors=True)
@@ -137,30 +144,20 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
         },
     },
     ("rdna", 16): {  # 256 registers, and operands twice in a wavefront of 32
-        "forward": {
-            32: _C(128, 32, 8),
-            64: _C(64, 32),
-            128: _C(128, 16, 8),
-            256: _C(64, 32, 8),
-        },
+        "forward": {32: _C(128, 128, 8), 64: _C(128, 64, 8), 128: _C(64, 64), 256: _C(64, 32)},
         "backward_queries": {
-            32: _C(64, 32),
-            64: _C(64, 16),
+            32: _C(64, 64),
+            64: _C(64, 32),
             128: _C(64, 16),
-            256: _C(32, 16, 8),
+            256: _C(64, 16),
         },
         "backward_keys": {
-            32: _C(16, 32, 2),
+            32: _C(32, 32, 2),
             64: _C(16, 32, 2),
-            128: _C(16, 32, 2),
-            256: _C(16, 32, 8),
+            128: _C(16, 64),
+            256: _C(16, 64),
         },
-        "backward_atomic": {
-            32: _C(16, 32, 8),
-            64: _C(16, 32, 8),
-            128: _C(16, 16, 8),
-            256: _C(16, 16, 8),
-        },
+        "backward_atomic": dict.fromkeys(_WIDTHS, _C(16, 64)),
     },
     ("nvidia", 32): {
         "forward": {
@@ -206,25 +203,25 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
 _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
     "mma": {
         "dropout": {
-            "forward": {64: _C(64, 64, 4), 128: _C(128, 64, 8)},
-            "backward_queries": {64: _C(128, 32, 8), 128: _C(128, 32, 8)},
-            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "forward": {64: _C(64, 64, 4)},
+            "backward_queries": {64: _C(128, 32, 8)},
+            "backward_keys": {64: _C(32, 128, 8)},
             "backward_atomic": {64: _C(32, 64, 8), 128: _C(32, 64, 8)},
         },
         "mask": {
-            "forward": {64: _C(128, 64, 8), 128: _C(128, 64, 8)},
-            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 32, 8)},
-            "backward_keys": {64: _C(32, 128, 8), 128: _C(64, 64, 8)},
+            "forward": {64: _C(128, 64, 8)},
+            "backward_queries": {64: _C(128, 64, 8)},
+            "backward_keys": {64: _C(32, 128, 8)},
             "backward_atomic": {64: _C(32, 32, 4), 128: _C(32, 32, 8)},
         },
         "padding": {
             "forward": {64: _C(128, 64, 8, 2), 128: _C(128, 64, 8)},
-            "backward_queries": {64: _C(128, 64, 8), 128: _C(128, 32, 8)},
+            "backward_queries": {64: _C(128, 64, 8)},
         },
     },
     "wgmma": {
         "dropout": {
-            "forward": {64: _C(64, 128, 4, 1, True), 128: _C(64, 128, 4, 1, True)},
+            "forward": {64: _C(64, 128, 4, 1, True)},
             "backward_queries": {64: _C(128, 32, 4), 128: _C(64, 64, 4)},
             "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
             "backward_atomic": {64: _C(32, 64, 4, 1, True), 128: _C(32, 128, 8, 2, True)},
@@ -232,7 +229,6 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
         "mask": {
             "forward": {
                 64: _C(128, 128, 8, 1, True),
-                128: _C(64, 128, 4, 1, True),
                 256: _C(64, 32, 4, 1, True),
             },
             "backward_queries": {
@@ -252,7 +248,7 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
             "backward_atomic": {64: _C(32, 128, 4), 128: _C(32, 128, 8)},
         },
         "mask": {
-            "forward": {64: _C(128, 64, 4, 1, True), 128: _C(128, 128, 8, 1, True)},
+            "forward": {64: _C(128, 64, 4, 1, True)},
             "backward_queries": {64: _C(128, 64, 4, 1, True), 128: _C(128, 64, 8)},
             "backward_keys": {64: _C(32, 128, 4), 128: _C(64, 64, 8)},
             "backward_atomic": {64: _C(64, 64, 4, 1, True), 128: _C(16, 128, 8)},
@@ -261,13 +257,11 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
     "amd": {"padding": {"backward_keys": {128: _C(16, 32, 2)}}},
     "rdna": {
         "dropout": {
-            "forward": {64: _C(64, 32), 128: _C(128, 32, 8)},
-            "backward_queries": {64: _C(64, 32)},
+            "forward": {128: _C(64, 32)},
+            "backward_keys": {64: _C(32, 64)},
         },
-        "mask": {
-            "forward": {64: _C(128, 16, 8), 128: _C(64, 16)},
-            "backward_queries": {64: _C(64, 32)},
-        },
+        "mask": {"forward": {128: _C(64, 32)}},
+        "padding": {"forward": {128: _C(64, 32)}, "backward_keys": {128: _C(16, 32, 2)}},
     },
 }
 _ONE_PASS_RDNA_FLOAT32 = {
@@ -295,7 +289,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
         ("mma", 16): {32: _C(64, 64), 64: _C(32, 64), 128: _C(64, 64), 256: _C(64, 32)},
         ("tcgen05", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64, 8), 256: _C(64, 32, 8)},
         ("amd", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
-        ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 32, 8), 128: _C(32, 64, 8), 256: _C(32, 32)},
+        ("rdna", 16): {32: _C(64, 64, 8), 64: _C(64, 32), 128: _C(32, 64, 8), 256: _C(32, 32)},
         ("nvidia", 32): {
             32: _C(32, 64),
             64: _C(32, 64, 8),
@@ -331,6 +325,9 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
         ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
 }
+_RDNA_WAVES = 1
+"""A plan for more of them, the compiler's own, takes up to a third more instructions in loops with
+matrix instructions, and nowhere less."""
 _LIKE = {"sm_87": "sm_86", "sm_89": "sm_86", "sm_121": "sm_120"}
 """Architectures with the instructions and the least shared memory of another."""
 _ROW_TERMS = [_C(32, 32), _C(16, 32), _C(64, 32), _C(128, 32)]
@@ -374,6 +371,8 @@ def configuration_of(
     if kernel == "row_terms":
         return _ROW_TERMS[0]
     found = _found(kernel, architecture, bits, width, laden)
+    if family_of(architecture, bits) == "rdna" and bits == 16:
+        found = found._replace(waves_per_eu=_RDNA_WAVES)
     return found if _has_descriptors(architecture) else found._replace(descriptors=False)
 
 
@@ -405,7 +404,8 @@ def candidates_of(
     """What is worth timing, `configuration_of` first: 4 to 26.
 
     They are the kernel's configurations for any head_dim and family of that vendor, and its own one
-    with other warps, other stages, and with and without descriptors where hardware reads them.
+    with other warps, other stages or waves, and with and without descriptors where hardware reads
+    them.
     """
     own = configuration_of(kernel, architecture, bits, width, laden)
     if architecture == "interpreter":
@@ -414,8 +414,10 @@ def candidates_of(
         return _ROW_TERMS
     nearby = [own._replace(num_warps=warps) for warps in (4, 8)]
     nearby += [own._replace(num_stages=stages) for stages in (1, 2, 3)]
-    by_family = _ONE_PASS.get(kernel) or {key: kernels[kernel] for key, kernels in _TABLE.items()}
     amd = architecture.startswith("gfx")
+    if amd:
+        nearby += [own._replace(waves_per_eu=waves) for waves in (0, 1, 2)]
+    by_family = _ONE_PASS.get(kernel) or {key: kernels[kernel] for key, kernels in _TABLE.items()}
     for (family, size), by_width in by_family.items():
         if size == bits and (family in ("amd", "rdna")) == amd:
             nearby += by_width.values()

@@ -456,11 +456,14 @@ def as_word(number: int) -> int:
 
 def _options(config: Configuration) -> dict[str, Any]:
     # Fused multiply-adds are what the kernels count on; Triton is about to change its default.
-    return {
+    options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
+    if config.waves_per_eu:  # which only AMD's compiler knows
+        options["waves_per_eu"] = config.waves_per_eu
+    return options
 
 
 def _device_of(problem: Problem) -> contextlib.AbstractContextManager[Any]:

@@ -287,6 +287,21 @@ def test_candidates(architecture: str, laden: str | None, bits: int, kernel: str
         copies = architecture in ("sm_90", "sm_100", "sm_120")
         passing = kernel == "forward" or kernel.startswith("backward_")
         assert any(x.descriptors for x in found) == (copies and passing)
+        planned = architecture.startswith("gfx") and kernel != "row_terms"
+        assert {x.waves_per_eu for x in found} == ({0, 1, 2} if planned else {0})
+
+
+def test_only_a_configuration_for_amd_has_waves_to_plan_for() -> None:
+    """NVIDIA's compiler does not know the option."""
+    for architecture, waves in (("gfx1100", {"waves_per_eu": 1}), ("gfx942", {}), ("sm_90", {})):
+        config = configurations.configuration_of("forward", architecture, 16, 64)
+        options = launch._options(config)
+        assert options == {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+            **waves,
+        }
 
 
 class Timer:
