@@ -121,7 +121,7 @@ def kernel_table(rows: Sequence[Row]) -> Table:
 
 
 def _spills(row: Row) -> str:
-    """Words on the stack, and how often the main loop goes there."""
+    """Registers of AMD on the stack, loads and stores of NVIDIA; and how many the main loop has."""
     if not row["spills"]:
         return "-"
     return f"{row['spills']} ({row['loops'][0]['spills'] if row['loops'] else '?'})"

@@ -200,7 +200,8 @@ class Inputs:
         found = hashlib.sha256()
         for name, x in {**vars(self), **self.options}.items():
             if isinstance(x, Tensor):
-                found.update(f"{name} {x.dtype} {x.device} {tuple(x.shape)}".encode())
+                kind = (x.dtype, x.device, tuple(x.shape), x.stride(), x.requires_grad)
+                found.update(f"{name} {kind}".encode())
                 found.update(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
             elif name != "options":
                 found.update(f"{name} {x!r}".encode())

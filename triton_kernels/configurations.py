@@ -6,11 +6,12 @@ because a tile has too few rows for them, show. Nothing spills where a choice wi
 found, among tiles of 16 to 128 rows and columns for 4 and 8 warps, that needs no third more
 instructions (some gradients of float32 at a head_dim of 128 have none); for masks not every such
 tile was compiled for every architecture. RDNA3 has 256 registers for operands that lie twice in a
-wavefront of 32: what does not spill there has too few rows for its warps, and takes 1.4 to 4 times
-the instructions. So its choice is by what is spilled in the main loop, which is counted there, and
-not by what waits on the stack for a loop's end. Shared memory fits. Of about equal ones those with
-more rows: every block of rows reads keys and values from L2, and tcgen05's instructions fill 128.
-None has been timed: there was no GPU. `tuning` times these and others on the GPU at hand.
+wavefront of 32: from a head_dim of 128 on what does not spill there has too few rows for its warps,
+and takes 1.4 to 4 times the instructions. So its choice is by what is spilled in the main loop,
+which is counted there, and not by what waits on the stack for a loop's end; of the family only
+gfx1100 was looked at. Shared memory fits. Of about equal ones those with more rows: every block of
+rows reads keys and values from L2, and tcgen05's instructions fill 128. None has been timed: there
+was no GPU. `tuning` times these and others on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(32, 128, 8, 1),
             64: _C(32, 128, 8),
             128: _C(16, 64, 8, 1),
-            256: _C(16, 64, 8, 1),
+            256: _C(32, 32, 8),
         },
     },
     ("wgmma", 16): {
@@ -107,7 +108,7 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, Configuration]]] = {
             32: _C(128, 64, 8, 2, True),
             64: _C(128, 64, 4, 2, True),
             128: _C(128, 128, 8, 1, True),
-            256: _C(64, 64, 4, 1, True),
+            256: _C(64, 128, 4, 1, True),
         },
         "backward_keys": {
             32: _C(64, 128, 8, 2, True),
@@ -236,7 +237,7 @@ _LADEN: dict[str, dict[str, dict[str, dict[int, Configuration]]]] = {
                 128: _C(128, 64, 8),
                 256: _C(128, 32, 8),
             },
-            "backward_keys": {64: _C(32, 64, 4), 128: _C(64, 32, 4, 1, True)},
+            "backward_keys": {64: _C(32, 64, 4), 128: _C(32, 128, 8)},
             "backward_atomic": {64: _C(32, 64, 4), 128: _C(128, 32, 8, 1, True)},
         },
     },
@@ -273,15 +274,16 @@ _ONE_PASS_RDNA_FLOAT32 = {
 # Of the weights and the mask's gradient, whose loops are over heads; "" is any other family.
 _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     "weights": {
-        ("", 16): dict.fromkeys(_WIDTHS, _C(64, 64)),
-        ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32)},
+        ("", 16): dict.fromkeys(_WIDTHS, _C(64, 128)),
+        ("mma", 16): {32: _C(128, 64), 64: _C(128, 64), 128: _C(128, 64), 256: _C(64, 128)},
+        ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(128, 64, 8), 256: _C(32, 32)},
         ("nvidia", 32): {
             32: _C(64, 32),
             64: _C(128, 32, 8),
             128: _C(128, 16, 8),
             256: _C(16, 32),
         },
-        ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 32, 2)),
+        ("amd", 32): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32, 2)},
         ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
     },
     "mask_gradient": {
@@ -296,7 +298,7 @@ _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
             128: _C(32, 64, 8),
             256: _C(16, 32),
         },
-        ("amd", 32): dict.fromkeys(_WIDTHS, _C(32, 16, 2)),
+        ("amd", 32): {**dict.fromkeys(_WIDTHS, _C(32, 16, 2)), 64: _C(64, 64)},
         ("rdna", 32): {**_ONE_PASS_RDNA_FLOAT32, 64: _C(16, 16, 8)},
     },
 }
@@ -306,14 +308,22 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
     "sm_80": {
         ("backward_keys", 16, 256, None): _C(64, 32, 8, 2),
         ("backward_keys", 32, 128, None): _C(64, 16, 8),
-        ("backward_atomic", 16, 256, None): _C(16, 32, 8),
         ("weights", 16, 128, None): _C(128, 64, 8),
     },
     "sm_86": {
         ("backward_keys", 16, 128, "mask"): _C(16, 128, 8),
         ("backward_keys", 32, 128, None): _C(64, 16, 8),
     },
-    "sm_90": {("mask_gradient", 32, 64, None): _C(64, 32, 4)},
+    "sm_90": {
+        ("weights", 32, 64, None): _C(128, 128, 8),
+        ("weights", 32, 128, None): _C(128, 64, 8),
+        ("mask_gradient", 32, 64, None): _C(128, 32, 8),
+        ("mask_gradient", 16, 256, None): _C(64, 128, 8),
+    },
+    "sm_100": {
+        ("weights", 32, 64, None): _C(128, 128, 8),
+        ("weights", 32, 128, None): _C(64, 128, 8),
+    },
     "sm_120": {
         ("backward_queries", 16, 256, None): _C(32, 32, 4, 1, True),
         ("backward_queries", 16, 128, "dropout"): _C(32, 64, 4, 1, True),
@@ -321,6 +331,8 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
         ("backward_queries", 16, 128, "padding"): _C(32, 64, 8, 2),
         ("backward_keys", 16, 128, "mask"): _C(128, 32, 8),
         ("backward_keys", 16, 256, None): _C(32, 32, 4, 1, True),
+        ("weights", 16, 256, None): _C(64, 128, 8),
+        ("mask_gradient", 16, 64, None): _C(128, 64, 8),
         ("mask_gradient", 16, 128, None): _C(64, 32),
         ("mask_gradient", 16, 256, None): _C(32, 64, 8),
     },
@@ -420,7 +432,7 @@ def candidates_of(
     by_family = _ONE_PASS.get(kernel) or {key: kernels[kernel] for key, kernels in _TABLE.items()}
     for (family, size), by_width in by_family.items():
         if size == bits and (family in ("amd", "rdna")) == amd:
-            nearby += by_width.values()
+            nearby += [x._replace(waves_per_eu=own.waves_per_eu) for x in by_width.values()]
     copies = _has_descriptors(architecture) and kernel in _TABLE["wgmma", 16]
     chosen = [
         x._replace(descriptors=d) for x in nearby for d in ((False, True) if copies else (False,))
