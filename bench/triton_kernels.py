@@ -42,7 +42,7 @@ VARIANTS = (
 )
 """(dtype, head_dims, kinds) of the report. Of bfloat16, instructions have other names only."""
 KERNELS = ("forward", "backward_queries", "backward_keys", "backward_atomic")
-ONE_PASS = (("weights", "plain"), ("mask_gradient", "bias"))
+ONE_PASS = (("weights", "plain"), ("weights", "mask"), ("mask_gradient", "bias"))
 """Kernels whose loops are over heads and batches, and the kind of problem that has them."""
 PRODUCTS = {
     "forward": 2,

@@ -271,20 +271,24 @@ _ONE_PASS_RDNA_FLOAT32 = {
     128: _C(16, 16, 8),
     256: _C(16, 16, 8),
 }
-# Of the weights and the mask's gradient, whose loops are over heads; "" is any other family.
+_WEIGHTS = {
+    ("", 16): dict.fromkeys(_WIDTHS, _C(64, 128)),
+    ("mma", 16): {32: _C(128, 64), 64: _C(128, 64), 128: _C(128, 64), 256: _C(64, 128)},
+    ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(128, 64, 8), 256: _C(32, 32)},
+    ("nvidia", 32): {32: _C(64, 32), 64: _C(128, 32, 8), 128: _C(128, 16, 8), 256: _C(16, 32)},
+    ("amd", 32): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32, 2)},
+    ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
+}
+# Of the weights, without and with a mask, and of the mask's gradient, whose loops are over heads;
+# "" is any other family.
 _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
-    "weights": {
-        ("", 16): dict.fromkeys(_WIDTHS, _C(64, 128)),
-        ("mma", 16): {32: _C(128, 64), 64: _C(128, 64), 128: _C(128, 64), 256: _C(64, 128)},
-        ("rdna", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(128, 64, 8), 256: _C(32, 32)},
-        ("nvidia", 32): {
-            32: _C(64, 32),
-            64: _C(128, 32, 8),
-            128: _C(128, 16, 8),
-            256: _C(16, 32),
-        },
-        ("amd", 32): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32, 2)},
-        ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
+    "weights": _WEIGHTS,
+    "masked_weights": {
+        **_WEIGHTS,
+        ("", 16): dict.fromkeys(_WIDTHS, _C(128, 64, 8)),
+        ("mma", 16): {**dict.fromkeys(_WIDTHS, _C(128, 64, 8)), 256: _C(64, 64, 8)},
+        ("amd", 16): _WEIGHTS["", 16],
+        ("rdna", 16): {**_WEIGHTS["rdna", 16], 128: _C(128, 32, 8)},
     },
     "mask_gradient": {
         ("", 16): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(64, 32, 8)},
@@ -309,6 +313,7 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
         ("backward_keys", 16, 256, None): _C(64, 32, 8, 2),
         ("backward_keys", 32, 128, None): _C(64, 16, 8),
         ("weights", 16, 128, None): _C(128, 64, 8),
+        ("masked_weights", 16, 256, None): _C(128, 64, 8),
     },
     "sm_86": {
         ("backward_keys", 16, 128, "mask"): _C(16, 128, 8),
@@ -317,12 +322,16 @@ _ALONE: dict[str, dict[tuple[str, int, int, str | None], Configuration]] = {
     "sm_90": {
         ("weights", 32, 64, None): _C(128, 128, 8),
         ("weights", 32, 128, None): _C(128, 64, 8),
+        ("masked_weights", 32, 64, None): _C(128, 64, 8),
+        ("masked_weights", 32, 128, None): _C(128, 32, 8),
         ("mask_gradient", 32, 64, None): _C(128, 32, 8),
         ("mask_gradient", 16, 256, None): _C(64, 128, 8),
     },
     "sm_100": {
         ("weights", 32, 64, None): _C(128, 128, 8),
         ("weights", 32, 128, None): _C(64, 128, 8),
+        ("masked_weights", 32, 64, None): _C(64, 128, 8),
+        ("masked_weights", 32, 128, None): _C(64, 128, 8),
     },
     "sm_120": {
         ("backward_queries", 16, 256, None): _C(32, 32, 4, 1, True),
@@ -392,6 +401,8 @@ def _found(
     kernel: str, architecture: str, bits: int, width: int, laden: str | None
 ) -> Configuration:
     """What the tables say."""
+    if kernel == "weights" and laden == "mask":
+        kernel = "masked_weights"
     if kernel in _ONE_PASS or bits == 32:
         laden = None
     alone = _ALONE.get(_LIKE.get(architecture, architecture), {})
