@@ -279,8 +279,8 @@ _WEIGHTS = {
     ("amd", 32): {32: _C(64, 64), 64: _C(64, 64), 128: _C(64, 64), 256: _C(32, 32, 2)},
     ("rdna", 32): _ONE_PASS_RDNA_FLOAT32,
 }
-# Of the weights, without and with a mask, and of the mask's gradient, whose loops are over heads;
-# "" is any other family.
+# Of the weights, without and with a mask (at 256 also with padding and dropout), and of the mask's
+# gradient, whose loops are over heads; "" is any other family.
 _ONE_PASS: dict[str, dict[tuple[str, int], dict[int, Configuration]]] = {
     "weights": _WEIGHTS,
     "masked_weights": {
@@ -401,7 +401,7 @@ def _found(
     kernel: str, architecture: str, bits: int, width: int, laden: str | None
 ) -> Configuration:
     """What the tables say."""
-    if kernel == "weights" and laden == "mask":
+    if kernel == "weights" and (laden == "mask" or (laden is not None and width == 256)):
         kernel = "masked_weights"
     if kernel in _ONE_PASS or bits == 32:
         laden = None
