@@ -166,10 +166,12 @@ def test_every_architecture_has_a_configuration_of_every_width() -> None:
                     )
                     assert found.BLOCK_M % 16 == 0
                     assert found.BLOCK_N % 16 == 0
-                    if bits == 32:
-                        assert found == configurations.configuration_of(
-                            kernel, architecture, bits, width
-                        )
+                    plain = configurations.configuration_of(kernel, architecture, bits, width)
+                    if kernel == "weights":  # a mask's entries take registers
+                        pairs, most = (x.BLOCK_M * x.BLOCK_N / x.num_warps for x in (found, plain))
+                        assert pairs <= most
+                    elif bits == 32:
+                        assert found == plain
 
 
 @pytest.mark.parametrize(
