@@ -250,7 +250,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
         ahead.template ask<kLinesARow>();
       }
       if (!careful) {
-        add_values<kShared>(values, &ahead, count, w.scores, part.output);
+        add_values<kShared, true>(values, ahead, count, w.scores, part.output);
         continue;
       }
       for (int64_t r = 0; r < count; ++r) {

@@ -15,43 +15,56 @@ struct Stream {
 
 // Asks for lines some KiB ahead of the rows that are worked on, sooner than the hardware's
 // prefetchers do: a few at a time, and as they lie in memory. In another order, or by the dozen,
-// memory delivers a fifth less. On AMD's processors straight into the first cache; Intel's wait for
-// few lines at a time there, and memory delivers twice as much by way of the second one.
+// memory delivers a fifth less. On Zen 5 straight into the first cache; other processors wait for
+// few lines at a time there, and memory delivers more by way of the second one, to Intel's twice as
+// much. Inner loops take it by reference to a variable of the caller's, and are
+// inlined there, so that its members are in registers.
 template <typename T>
 class ReadAhead {
  public:
+  ReadAhead() = default;
   explicit ReadAhead(const Stream<T>& stream)
-      : bytes_(stream.width * static_cast<int64_t>(sizeof(T))), stride_(stream.stride) {
+      : bytes_(stream.width * static_cast<int64_t>(sizeof(T))),
+        next_(stream.next_rows),
+        next_stride_(stream.next_stride) {
     const int64_t bytes_ahead = by_second_cache_ ? 8192 : 5120;
     const int64_t rows = std::min(kKeys, 1 + bytes_ahead / (bytes_ + 1));
-    left_ = stream.count - rows;
-    row_ = stream.rows + rows * stride_;
-    next_ = stream.next_rows, next_stride_ = stream.next_stride;
-    if (left_ <= 0) enter_next(-left_);
+    if (rows < stream.count) {
+      enter(stream.rows + rows * stream.stride, stream.stride, stream.count - rows);
+    } else {
+      enter_next(rows - stream.count);
+    }
   }
 
   template <int kLines>
   inline __attribute__((always_inline)) void ask() {
 #pragma GCC unroll 8
     for (int i = 0; i < kLines; ++i) {
-      const char* line = reinterpret_cast<const char*>(row_) + offset_;
-      by_second_cache_ ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 0, 0);
-      offset_ += 64;
-      if (offset_ < bytes_) continue;
-      offset_ = 0, row_ += stride_;
+      by_second_cache_ ? __builtin_prefetch(line_, 0, 2) : __builtin_prefetch(line_, 0, 0);
+      line_ += kLine;
+      if (line_ < end_) continue;
+      line_ += gap_, end_ += stride_;
       if (--left_ == 0) enter_next(0);
     }
   }
 
  private:
+  static constexpr int64_t kLine = 64;
+
+  void enter(const T* row, int64_t stride, int64_t rows) {
+    line_ = reinterpret_cast<const char*>(row), end_ = line_ + bytes_;
+    stride_ = stride * static_cast<int64_t>(sizeof(T));
+    gap_ = stride_ - (bytes_ + kLine - 1) / kLine * kLine, left_ = rows;
+  }
   void enter_next(int64_t row) {
-    stride_ = next_stride_, row_ = next_ + row * stride_;
-    left_ = std::numeric_limits<int64_t>::max();
+    enter(next_ + row * next_stride_, next_stride_, std::numeric_limits<int64_t>::max());
   }
 
-  const bool by_second_cache_ = is_intel();
-  int64_t bytes_, stride_, next_stride_, left_, offset_ = 0;
-  const T *row_, *next_;
+  bool by_second_cache_ = reads_by_second_cache();
+  const char *line_, *end_;  // what is asked for next, and where its row ends
+  int64_t gap_, stride_, left_, bytes_;  // in bytes; rows until the next ones
+  const T* next_;
+  int64_t next_stride_;
 };
 
 // Values of a row that are loaded at once: a vector of them, or two of bfloat16, first the even
@@ -125,17 +138,17 @@ inline void with_shared(int64_t rows, Call call) {
 }
 
 // sums[r * row_step + key] = q_r * k, lane by lane, for kCount keys.
-template <int kShared, int kCount, typename T, typename Real>
+template <int kShared, int kCount, bool kAsks, typename T, typename Real>
 inline __attribute__((always_inline)) void multiply_keys(const Stream<T>& keys, int64_t first,
                                                          const Real* queries, int64_t stride,
-                                                         int row_step, ReadAhead<T>* ahead,
+                                                         int row_step, ReadAhead<T>& ahead,
                                                          Vec<Real>* sums) {
   constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>;
   const T* rows[kCount];
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) rows[i] = keys.row(first + i);
   Vec<Real> sum[kShared][kCount] = {};
-  const auto add = [&](const Vec<Real>* k, int64_t d) {
+  const auto add = [&](const Vec<Real>* k, int64_t d) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < kShared; ++r) {
       const Vec<Real> query = load(queries + r * stride + d);
@@ -143,9 +156,9 @@ inline __attribute__((always_inline)) void multiply_keys(const Stream<T>& keys, 
       for (int i = 0; i < kCount; ++i) sum[r][i] += query * k[i];
     }
   };
-  const auto add_columns = [&](int64_t d, int64_t count) {
+  const auto add_columns = [&](int64_t d, int64_t count) __attribute__((always_inline)) {
     Vec<Real> k[2][kCount];
-    if (ahead) ahead->template ask<kLinesOf<T, Real, kCount>>();
+    if (kAsks) ahead.template ask<kLinesOf<T, Real, kCount>>();
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) load_columns(rows[i] + d, count, &k[0][i], &k[1][i]);
     add(k[0], d);
@@ -172,11 +185,14 @@ void dot_products(const Stream<T>& keys, int64_t rows, const Real* queries, Real
   for (int64_t first = 0; first < keys.count; first += kBlock) {
     for (int64_t r = 0; r < rows; r += kShared) {
       Vec<Real> sums[kLanes<Real>];
+      const auto multiply = [&](auto asks) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-      for (int j = 0; j < kBlock; j += kCount) {
-        multiply_keys<kShared, kCount>(keys, first + j, queries + r * stride, stride, kBlock,
-                                       r == 0 ? &ahead : nullptr, sums + j);
-      }
+        for (int j = 0; j < kBlock; j += kCount) {
+          multiply_keys<kShared, kCount, asks>(keys, first + j, queries + r * stride, stride,
+                                               kBlock, ahead, sums + j);
+        }
+      };
+      r == 0 ? multiply(std::true_type{}) : multiply(std::false_type{});
       Real lanes[kLanes<Real>];
       store<Real>(lanes, sums_of_lanes<Real>(sums));
 #pragma GCC unroll 4
@@ -189,9 +205,9 @@ void dot_products(const Stream<T>& keys, int64_t rows, const Real* queries, Real
 
 // output[r] += sum over values [first, end) of weights[r][j] v_j, for kVectors vectors from column
 // d on, which stay in registers.
-template <int kShared, int kVectors, bool kWhole, typename T, typename Real>
+template <int kShared, int kVectors, bool kWhole, bool kAsks, typename T, typename Real>
 inline __attribute__((always_inline)) void add_columns(const Stream<T>& values, int64_t first,
-                                                       int64_t end, int64_t d, ReadAhead<T>* ahead,
+                                                       int64_t end, int64_t d, ReadAhead<T>& ahead,
                                                        const Real* weights, Real* output) {
   constexpr int64_t kW = kLanes<Real>, kStep = kColumns<T, Real>, kPlaces = kStep / kW;
   const int64_t stride = place_count<T, Real>(values.width);
@@ -203,7 +219,7 @@ inline __attribute__((always_inline)) void add_columns(const Stream<T>& values, 
   }
   for (int64_t j = first; j < end; ++j) {
     const T* row = values.rows + j * values.stride;
-    if (ahead) ahead->template ask<kLinesOf<T, Real, kVectors / kPlaces>>();
+    if (kAsks) ahead.template ask<kLinesOf<T, Real, kVectors / kPlaces>>();
     Vec<Real> v[kVectors];
 #pragma GCC unroll 8
     for (int n = 0; n < kVectors; n += kPlaces) {
@@ -226,25 +242,25 @@ inline __attribute__((always_inline)) void add_columns(const Stream<T>& values, 
 
 // The same for the columns from d on: as many times kVectors of them as there are, the rest by
 // halves.
-template <int kShared, int kVectors, typename T, typename Real>
+template <int kShared, int kVectors, bool kAsks, typename T, typename Real>
 inline __attribute__((always_inline)) void add_columns_from(int64_t d, const Stream<T>& values,
                                                             int64_t first, int64_t end,
-                                                            ReadAhead<T>* ahead,
+                                                            ReadAhead<T>& ahead,
                                                             const Real* weights, Real* output) {
   constexpr int64_t kWidth = kVectors * kLanes<Real>;
   for (; d + kWidth <= values.width; d += kWidth) {
-    add_columns<kShared, kVectors, true>(values, first, end, d, ahead, weights, output);
+    add_columns<kShared, kVectors, true, kAsks>(values, first, end, d, ahead, weights, output);
   }
   if constexpr (kWidth > kColumns<T, Real>) {
-    add_columns_from<kShared, kVectors / 2>(d, values, first, end, ahead, weights, output);
+    add_columns_from<kShared, kVectors / 2, kAsks>(d, values, first, end, ahead, weights, output);
   } else if (d < values.width) {
-    add_columns<kShared, kVectors, false>(values, first, end, d, ahead, weights, output);
+    add_columns<kShared, kVectors, false, kAsks>(values, first, end, d, ahead, weights, output);
   }
 }
 
 // output[r] += sum over keys of weights[r][key] v_key.
-template <int kShared, typename T, typename Real>
-void add_values(const Stream<T>& values, ReadAhead<T>* ahead, int64_t rows, const Real* weights,
+template <int kShared, bool kAsks, typename T, typename Real>
+void add_values(const Stream<T>& values, ReadAhead<T> ahead, int64_t rows, const Real* weights,
                 Real* output) {
   constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // half of the registers
   constexpr int kPlaces = kColumns<T, Real> / kLanes<Real>;
@@ -254,8 +270,11 @@ void add_values(const Stream<T>& values, ReadAhead<T>* ahead, int64_t rows, cons
   for (int64_t first = 0; first < values.count; first += kAtOnce) {
     const int64_t end = std::min(first + kAtOnce, values.count);
     for (int64_t r = 0; r < rows; r += kShared) {
-      add_columns_from<kShared, kVectors>(0, values, first, end, r == 0 ? ahead : nullptr,
-                                          weights + r * kKeys, output + r * stride);
+      const auto add = [&](auto asks) __attribute__((always_inline)) {
+        add_columns_from<kShared, kVectors, asks>(0, values, first, end, ahead, weights + r * kKeys,
+                                                  output + r * stride);
+      };
+      kAsks && r == 0 ? add(std::true_type{}) : add(std::false_type{});
     }
   }
 }
