@@ -44,6 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(implementation, "_SMALLEST_PRODUCT", 0)
     monkeypatch.setitem(implementation._FEW_ROWS, implementation._vendor, [(range(4, 17), 0)])
     monkeypatch.setattr(implementation, "_SMALLEST_WEIGHT_GRADIENT", 0)
+    monkeypatch.setattr(implementation, "_fewest_features", 16)
     return seen
 
 
@@ -90,6 +91,15 @@ def test_results_and_gradients(
 ) -> None:
     assert_as_exact(operands(*leading, bias=bias))
     assert calls == [(*leading, N), (*leading, K), (N, K)]
+
+
+@needs_operator
+def test_gradients_of_small_weights_are_left_to_pytorch(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementation, "_fewest_features", min(N, K) + 1)
+    assert_as_exact(operands(M))
+    assert calls == [(M, N), (M, K)]
 
 
 @needs_operator

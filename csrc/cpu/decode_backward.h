@@ -170,8 +170,7 @@ void decode_backward_part(const Problem& p, const BackwardArguments& to, const S
       decoded_score_gradients<T>(p, to, rows, r, key, keys, factor, terms, w, part.row_sum + r);
     }
     if (!careful) {
-      add_values<kShared, false>(key_rows, ReadAhead<T>(), count, w.gradients,
-                          part.dqueries);
+      add_values<kShared, false>(key_rows, ReadAhead<T>(), count, w.gradients, part.dqueries);
     }
     for (int64_t r = 0; careful && r < count; ++r) {
       add_visible_values(k, k_stride, keys, p.head_dim, visible + r * kKeys,

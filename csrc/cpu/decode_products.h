@@ -16,9 +16,9 @@ struct Stream {
 // Asks for lines some KiB ahead of the rows that are worked on, sooner than the hardware's
 // prefetchers do: a few at a time, and as they lie in memory. In another order, or by the dozen,
 // memory delivers a fifth less. On Zen 5 straight into the first cache; other processors wait for
-// few lines at a time there, and memory delivers more by way of the second one, to Intel's twice as
-// much. Inner loops take it by reference to a variable of the caller's, and are
-// inlined there, so that its members are in registers.
+// few lines at a time there, and memory delivers more by way of the second one: to Zen 4 a tenth,
+// to Intel's twice as much. What asks in an inner loop is inlined where the object is a local
+// variable: its members, and sums beside it, would else be in memory.
 template <typename T>
 class ReadAhead {
  public:
@@ -61,10 +61,11 @@ class ReadAhead {
   }
 
   bool by_second_cache_ = reads_by_second_cache();
-  const char *line_, *end_;  // what is asked for next, and where its row ends
-  int64_t gap_, stride_, left_, bytes_;  // in bytes; rows until the next ones
-  const T* next_;
-  int64_t next_stride_;
+  const char *line_ = nullptr, *end_ = nullptr;  // what is asked for next, and where its row ends
+  int64_t bytes_ = 0, stride_ = 0, gap_ = 0;     // of a row, from row to row and from end to row
+  int64_t left_ = 0;                             // rows before the next ones
+  const T* next_ = nullptr;
+  int64_t next_stride_ = 0;
 };
 
 // Values of a row that are loaded at once: a vector of them, or two of bfloat16, first the even
@@ -274,7 +275,7 @@ void add_values(const Stream<T>& values, ReadAhead<T> ahead, int64_t rows, const
         add_columns_from<kShared, kVectors, asks>(0, values, first, end, ahead, weights + r * kKeys,
                                                   output + r * stride);
       };
-      kAsks && r == 0 ? add(std::true_type{}) : add(std::false_type{});
+      kAsks&& r == 0 ? add(std::true_type{}) : add(std::false_type{});
     }
   }
 }

@@ -103,6 +103,13 @@ void multiply_column(int64_t rows, const Element* a, int64_t lda, const Element*
   }
 }
 
+// Whether rows of A that are read side by side fall into the same set of the first cache, which has
+// 8 to 12 places: so it is where they lie 4 KiB apart.
+template <bool kRowsAdjacent, typename Element>
+inline bool rows_share_cache_sets(int64_t lda) {
+  return !kRowsAdjacent && lda * static_cast<int64_t>(sizeof(Element)) % 4096 == 0;
+}
+
 // C (rows x vectors) (+)= A (rows x depth) B (depth x vectors). Long sums are made of parts, whose
 // rounding errors don't grow with the whole.
 template <bool kRowsAdjacent, typename Element, typename Real>
@@ -117,13 +124,17 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const Element* a, in
     a += kMostDepth * (kRowsAdjacent ? lda : 1), b += kMostDepth * ldb, depth -= kMostDepth;
     into.accumulate = true, into.scale = nullptr;
   }
+  constexpr int kTall = kTileRows[1], kLower = std::min(kTall, 8);
+  const auto narrow = rows_share_cache_sets<kRowsAdjacent, Element>(lda)
+                          ? multiply_column<kLower, 1, kRowsAdjacent, Element, Real>
+                          : multiply_column<kTall, 1, kRowsAdjacent, Element, Real>;
   while (vectors > 0) {
     // Columns of 4 vectors where they divide evenly, else 3, so that a narrow rest is rare.
     const int64_t width = vectors % 4 == 0 ? 4 : vectors == 5 || vectors >= 3 ? 3 : vectors;
     auto column = width == 4   ? multiply_column<kTileRows[4], 4, kRowsAdjacent, Element, Real>
                   : width == 3 ? multiply_column<kTileRows[3], 3, kRowsAdjacent, Element, Real>
                   : width == 2 ? multiply_column<kTileRows[2], 2, kRowsAdjacent, Element, Real>
-                               : multiply_column<kTileRows[1], 1, kRowsAdjacent, Element, Real>;
+                               : narrow;
     column(rows, a, lda, b, ldb, depth, into);
     b += width * kW, into = into.at(0, width * kW), vectors -= width;
   }
