@@ -7,10 +7,19 @@
 // a[m * lda + k]. A register tile is MR rows by NR vectors; the accumulators fill the register
 // file.
 
-#if ATTN_EXT_VECTOR_BYTES == 64
-constexpr int kTileRows[5] = {0, 16, 8, 8, 6};  // by NR; 32 registers
-#else
-constexpr int kTileRows[5] = {0, 8, 4, 4, 2};  // 16 registers
+// How many rows a tile has by its vectors, as many accumulators as hide a multiply-add's latency of
+// four or five cycles, two a cycle; and of how many vectors the next tiles are: as many as divide
+// the rest evenly, so that a narrow one is rare.
+#if ATTN_EXT_VECTOR_BYTES == 64  // 32 registers
+constexpr int kTileRows[] = {0, 16, 8, 8, 6};
+inline int64_t vectors_at_once(int64_t vectors) {
+  return vectors % 4 == 0 ? 4 : std::min<int64_t>(vectors, 3);
+}
+#else  // 16 registers
+constexpr int kTileRows[] = {0, 8, 6, 4};
+inline int64_t vectors_at_once(int64_t vectors) {
+  return vectors % 3 == 0 ? 3 : vectors % 2 == 0 ? 2 : std::min<int64_t>(vectors, 3);
+}
 #endif
 #ifdef ATTN_EXT_AMX_PRODUCTS
 constexpr bool kProductsFindMaxima = false;  // its sums would have to be read back
@@ -124,17 +133,17 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const Element* a, in
     a += kMostDepth * (kRowsAdjacent ? lda : 1), b += kMostDepth * ldb, depth -= kMostDepth;
     into.accumulate = true, into.scale = nullptr;
   }
-  constexpr int kTall = kTileRows[1], kLower = std::min(kTall, 8);
-  const auto narrow = rows_share_cache_sets<kRowsAdjacent, Element>(lda)
-                          ? multiply_column<kLower, 1, kRowsAdjacent, Element, Real>
-                          : multiply_column<kTall, 1, kRowsAdjacent, Element, Real>;
+  constexpr int kWidest = std::size(kTileRows) - 1, kTall = kTileRows[1];
+  const auto one_vector = rows_share_cache_sets<kRowsAdjacent, Element>(lda)
+                              ? multiply_column<std::min(kTall, 8), 1, kRowsAdjacent, Element, Real>
+                              : multiply_column<kTall, 1, kRowsAdjacent, Element, Real>;
   while (vectors > 0) {
-    // Columns of 4 vectors where they divide evenly, else 3, so that a narrow rest is rare.
-    const int64_t width = vectors % 4 == 0 ? 4 : vectors == 5 || vectors >= 3 ? 3 : vectors;
-    auto column = width == 4   ? multiply_column<kTileRows[4], 4, kRowsAdjacent, Element, Real>
-                  : width == 3 ? multiply_column<kTileRows[3], 3, kRowsAdjacent, Element, Real>
+    const int64_t width = vectors_at_once(vectors);
+    auto column = width == 1   ? one_vector
                   : width == 2 ? multiply_column<kTileRows[2], 2, kRowsAdjacent, Element, Real>
-                               : narrow;
+                  : width == 3
+                      ? multiply_column<kTileRows[3], 3, kRowsAdjacent, Element, Real>
+                      : multiply_column<kTileRows[kWidest], kWidest, kRowsAdjacent, Element, Real>;
     column(rows, a, lda, b, ldb, depth, into);
     b += width * kW, into = into.at(0, width * kW), vectors -= width;
   }
