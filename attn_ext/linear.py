@@ -24,7 +24,6 @@ took 1.1 to 1.9 times as long without it, and more on two threads.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from attn_ext import processor
 from attn_ext.backends import cpu
 from attn_ext.ops import is_batched, is_transformed
 
@@ -233,20 +233,8 @@ def _in_plain_eager_mode() -> bool:
     )
 
 
-def _processor() -> tuple[str, str]:
-    """Vendor and family as the processor spells them; empty where there is no Linux to ask."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            first_lines = file.read(256)
-    except OSError:
-        return "", ""
-    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", first_lines, re.M)
-    family = re.search(r"^cpu family\s*:\s*(\d+)", first_lines, re.M)
-    return vendor[1] if vendor else "", family[1] if family else ""
-
-
-_vendor, _family = _processor()
-_fewest_features = _FEWEST_FEATURES.get(f"{_vendor} {_family}", 16)
+_vendor = processor.vendor()
+_fewest_features = _FEWEST_FEATURES.get(f"{_vendor} {processor.family()}", 16)
 
 has_fast_kernel = (
     torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import platform
 from typing import Any
 
@@ -10,13 +9,16 @@ import torch
 
 from attn_ext._version import __version__
 from attn_ext.backends import cpu
+from attn_ext.processor import properties
 
 
 def processor() -> str:
-    """The processor's name."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1] for line in lines if "model name" in line]
-    return names[0].strip() if names else platform.processor()
+    """The processor's name, family and model, since virtual machines give many the same name."""
+    found = properties()
+    name = found.get("model name") or platform.processor()
+    if "cpu family" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def machine() -> str:
