@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import pathlib
+import itertools
 import re
 
 
@@ -14,10 +14,11 @@ def properties(file: str = "/proc/cpuinfo") -> dict[str, str]:
     Empty where the file can't be read, as on other systems.
     """
     try:
-        first, *_ = pathlib.Path(file).read_text().split("\n\n", 1)
+        with open(file, errors="replace") as lines:
+            first = "".join(itertools.takewhile(str.strip, lines))
     except OSError:
         return {}
-    return dict(re.findall(r"^(\S.*?)\s*:[ \t]*(.*)$", first, re.M))
+    return dict(re.findall(r"^(\S.*?)\s*:[ \t]*(.*?)\s*$", first, re.M))
 
 
 def vendor() -> str:

@@ -16,9 +16,9 @@ def processor() -> str:
     """The processor's name, family and model, since virtual machines give many the same name."""
     found = properties()
     name = found.get("model name") or platform.processor()
-    if "cpu family" not in found:
-        return name
-    return f"{name} (family {found['cpu family']}, model {found['model']})"
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def machine() -> str:

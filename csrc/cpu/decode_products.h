@@ -15,10 +15,10 @@ struct Stream {
 
 // Asks for lines some KiB ahead of the rows that are worked on, sooner than the hardware's
 // prefetchers do: a few at a time, and as they lie in memory. In another order, or by the dozen,
-// memory delivers a fifth less. On Zen 5 straight into the first cache; other processors wait for
-// few lines at a time there, and memory delivers more by way of the second one: to Zen 4 a tenth,
-// to Intel's twice as much. What asks in an inner loop is inlined where the object is a local
-// variable: its members, and sums beside it, would else be in memory.
+// memory delivers a fifth less. Straight into the first cache, as is best on Zen 5; but Zen 4 and
+// Intel's processors wait for few lines at a time there, and memory delivers a tenth more, or twice
+// as much, by way of the second one. What asks in an inner loop is inlined where the object is a
+// local variable: its members, and sums beside it, would else be in memory.
 template <typename T>
 class ReadAhead {
  public:
@@ -138,6 +138,11 @@ inline void with_shared(int64_t rows, Call call) {
   call(std::integral_constant<int, kMostShared<Real>>{});
 }
 
+// Whether with_shared gives this number where it is that of all rows; the others' later turns ask
+// for nothing ahead.
+template <int kShared, typename Real>
+constexpr bool kOneTurn = kShared < kMostShared<Real>;
+
 // sums[r * row_step + key] = q_r * k, lane by lane, for kCount keys.
 template <int kShared, int kCount, bool kAsks, typename T, typename Real>
 inline __attribute__((always_inline)) void multiply_keys(const Stream<T>& keys, int64_t first,
@@ -184,22 +189,23 @@ void dot_products(const Stream<T>& keys, int64_t rows, const Real* queries, Real
   const int64_t stride = place_count<T, Real>(keys.width);
   ReadAhead<T> ahead(keys);
   for (int64_t first = 0; first < keys.count; first += kBlock) {
-    for (int64_t r = 0; r < rows; r += kShared) {
+    const auto multiply = [&](int64_t r, auto asks) __attribute__((always_inline)) {
       Vec<Real> sums[kLanes<Real>];
-      const auto multiply = [&](auto asks) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int j = 0; j < kBlock; j += kCount) {
-          multiply_keys<kShared, kCount, asks>(keys, first + j, queries + r * stride, stride,
-                                               kBlock, ahead, sums + j);
-        }
-      };
-      r == 0 ? multiply(std::true_type{}) : multiply(std::false_type{});
+      for (int j = 0; j < kBlock; j += kCount) {
+        multiply_keys<kShared, kCount, asks>(keys, first + j, queries + r * stride, stride, kBlock,
+                                             ahead, sums + j);
+      }
       Real lanes[kLanes<Real>];
       store<Real>(lanes, sums_of_lanes<Real>(sums));
 #pragma GCC unroll 4
       for (int i = 0; i < kShared; ++i) {
         std::memcpy(scores + (r + i) * kKeys + first, lanes + i * kBlock, kBlock * sizeof(Real));
       }
+    };
+    for (int64_t r = 0; r < rows; r += kShared) {
+      kOneTurn<kShared, Real> || r == 0 ? multiply(r, std::true_type{})
+                                        : multiply(r, std::false_type{});
     }
   }
 }
@@ -259,7 +265,7 @@ inline __attribute__((always_inline)) void add_columns_from(int64_t d, const Str
   }
 }
 
-// output[r] += sum over keys of weights[r][key] v_key.
+// output[r] += sum over keys of weights[r][key] v_key; kAsks: whether by `ahead`.
 template <int kShared, bool kAsks, typename T, typename Real>
 void add_values(const Stream<T>& values, ReadAhead<T> ahead, int64_t rows, const Real* weights,
                 Real* output) {
@@ -270,12 +276,13 @@ void add_values(const Stream<T>& values, ReadAhead<T> ahead, int64_t rows, const
   const int64_t stride = place_count<T, Real>(values.width);
   for (int64_t first = 0; first < values.count; first += kAtOnce) {
     const int64_t end = std::min(first + kAtOnce, values.count);
+    const auto add = [&](int64_t r, auto asks) __attribute__((always_inline)) {
+      add_columns_from<kShared, kVectors, asks>(0, values, first, end, ahead, weights + r * kKeys,
+                                                output + r * stride);
+    };
     for (int64_t r = 0; r < rows; r += kShared) {
-      const auto add = [&](auto asks) __attribute__((always_inline)) {
-        add_columns_from<kShared, kVectors, asks>(0, values, first, end, ahead, weights + r * kKeys,
-                                                  output + r * stride);
-      };
-      kAsks&& r == 0 ? add(std::true_type{}) : add(std::false_type{});
+      kOneTurn<kShared, Real> || r == 0 ? add(r, std::bool_constant<kAsks>{})
+                                        : add(r, std::false_type{});
     }
   }
 }

@@ -113,10 +113,10 @@ void multiply_column(int64_t rows, const Element* a, int64_t lda, const Element*
 }
 
 // Whether rows of A that are read side by side fall into the same set of the first cache, which has
-// 8 to 12 places: so it is where they lie 4 KiB apart.
+// 8 to 12 places: so it is where they lie 4 KiB apart. (Tiles of AVX2 have no more than 8 rows.)
 template <bool kRowsAdjacent, typename Element>
 inline bool rows_share_cache_sets(int64_t lda) {
-  return !kRowsAdjacent && lda * static_cast<int64_t>(sizeof(Element)) % 4096 == 0;
+  return !kRowsAdjacent && lda != 0 && lda * static_cast<int64_t>(sizeof(Element)) % 4096 == 0;
 }
 
 // C (rows x vectors) (+)= A (rows x depth) B (depth x vectors). Long sums are made of parts, whose
