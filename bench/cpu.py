@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -204,11 +205,13 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def report(results: Sequence[Result], limits: Peaks, rounds: int) -> dict[str, Any]:
-    """What is written: the machine, its limits and every row."""
+def report(
+    results: Sequence[Result], limits: Peaks, rounds: int, arguments: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What is written: the command, the machine, its limits and every row."""
     found = {x.name: getattr(limits, x.name) for x in dataclasses.fields(limits)}
     return {
-        "command": "make bench-cpu",
+        "command": shlex.join(["python", "-m", "bench.cpu", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "torch": torch.__version__,
@@ -223,7 +226,7 @@ def report(results: Sequence[Result], limits: Peaks, rounds: int) -> dict[str, A
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Our CPU kernels against their targets.")
     parser.add_argument(
         "--only", nargs="+", default=[], help="groups, or parts of rows' names; all by default"
@@ -238,6 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     rows = selected(all_rows(), options.only)
     console = Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
@@ -262,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or (None if options.only else RESULTS)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report(results, limits, options.rounds), indent=1) + "\n")
+        written = report(results, limits, options.rounds, arguments)
+        output.write_text(json.dumps(written, indent=1) + "\n")
         console.print(f"written to {output}")
 
 

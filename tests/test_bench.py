@@ -157,7 +157,8 @@ def test_table_and_report() -> None:
         ["other work", "1.000", "1.000", "≤ 1.10 of the time", "1.00 of the time", "met"],
         ["work elsewhere", "-", "-", "≥ 85.0 % of peak", "-", "not here"],
     ]
-    written = json.loads(json.dumps(bench_cpu.report(results, LIMITS, rounds=15)))
+    written = json.loads(json.dumps(bench_cpu.report(results, LIMITS, 15, ["--only", "a b"])))
+    assert written["command"] == "python -m bench.cpu --only 'a b'"
     assert [bench_cpu.as_result(row) for row in written["rows"]] == results
     assert written["threads"] == 2
     assert written["torch"] == torch.__version__
