@@ -10,6 +10,7 @@ __all__: list[str] = [
     "capabilities",
     "forward",
     "linear",
+    "plain_backward",
     "plain_forward",
     "plain_forward_and_weights",
     "plain_self_attention",
@@ -68,6 +69,24 @@ def linear(
 ) -> None:
     """
     Write input @ weight^T + bias.
+    """
+
+def plain_backward(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    query: typing.Any,
+    key: typing.Any,
+    value: typing.Any,
+    attn_mask: typing.Any,
+    key_padding_mask: typing.Any,
+    scale: typing.Any,
+    causal: typing.SupportsInt | typing.SupportsIndex,
+    out: typing.Any,
+    lse: typing.Any,
+    dout: typing.Any,
+) -> typing.Any:
+    """
+    The gradients of query, key and value for what plain_forward gave, or None.
     """
 
 def plain_forward(

@@ -141,10 +141,12 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 def _is_fast_gradient(dout: Tensor, other: Tensor) -> bool:
     """Whether a product in backward may take the operator.
 
-    Not where it must be differentiable, and not for is_grads_batched, whose tensors look like any.
+    Not where it must be differentiable or is compiled, and not for is_grads_batched, whose tensors
+    look like any.
     """
     return (
-        not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and not is_batched(dout)
         and _is_plain(dout)
         and _is_plain(other)

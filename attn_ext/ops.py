@@ -168,11 +168,7 @@ def _want_gradients(
 
 def _is_traced(problem: Problem) -> bool:
     """Whether something other than eager PyTorch must see one operator here."""
-    return (
-        torch.compiler.is_compiling()
-        or type(problem.query) not in (Tensor, torch.nn.Parameter)
-        or is_transformed()
-    )
+    return type(problem.query) not in (Tensor, torch.nn.Parameter) or _is_seen_by_others()
 
 
 def is_transformed() -> bool:
@@ -182,6 +178,11 @@ def is_transformed() -> bool:
         or _level_of_transforms() is not None
         or _state_of_jit_trace() is not None
     )
+
+
+def _is_seen_by_others() -> bool:
+    """Whether something other than eager PyTorch must see operators, in a backward pass too."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -273,6 +274,11 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, attn_mask, padding, out, lse = ctx.saved_tensors
+        if type(dout) is Tensor and not torch.is_grad_enabled() and not _is_seen_by_others():
+            tensors = (query, key, value, attn_mask, padding)
+            plain = cpu.plain_backward(*tensors, ctx.scale, ctx.causal, out, lse, dout)
+            if plain is not None:
+                return (*plain, None, None, None, None, None)
         scale = default_scale(query.shape[3]) if ctx.scale is None else ctx.scale
         mask = None if attn_mask is None else as_four_dimensional(attn_mask)
         problem = Problem(query, key, value, mask, None, padding, causal=ctx.causal, scale=scale)
@@ -296,14 +302,21 @@ def _gradients(
     mask_gradient: bool,
 ) -> Any:
     """A backend's backward pass, differentiable in its turn where that is asked for."""
-    dout, dlse = resolved(dout), None if dlse is None else resolved(dlse)
-    if is_transformed() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
+    dout, dlse = _in_memory(dout), None if dlse is None else _in_memory(dlse)
+    if _is_seen_by_others() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
         saved = (out, lse, dout, dlse)
         return attention_gradients(_as_arguments(problem, module), saved, mask_gradient)
     arguments = (out, lse, dout, dlse, mask_gradient)
     if torch.is_grad_enabled():
         return _AttentionBackward.apply(*problem.tensors, *arguments, problem.settings, module)
     return module.backward(problem, *arguments)
+
+
+def _in_memory(gradient: Tensor) -> Tensor:
+    """What an output's gradient shows: one of zeros may have no memory, another may be negated."""
+    if not torch.compiler.is_compiling() and gradient._is_zerotensor():
+        return gradient.clone()
+    return resolved(gradient)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -349,9 +362,9 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, dweights: Tensor) -> Any:
         *tensors, lse = ctx.saved_tensors
         mask_gradient = ctx.needs_input_grad[2]
-        dweights = resolved(dweights)
+        dweights = _in_memory(dweights)
         grads: Any
-        if is_transformed() or is_batched(dweights):
+        if _is_seen_by_others() or is_batched(dweights):
             arguments = _as_arguments(Problem(*tensors, *ctx.settings), ctx.module)
             grads = weights_gradients(arguments, lse, dweights, ctx.average, mask_gradient)
         elif torch.is_grad_enabled():

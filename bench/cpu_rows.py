@@ -336,18 +336,24 @@ def inference_rows() -> Iterator[Row]:
 
 def overhead_rows() -> Iterator[Row]:
     """So little work that a call's own cost is what remains."""
-    for requires_grad, masked in itertools.product((False, True), repeat=2):
+    kinds = ("without requires_grad", "with requires_grad", "with its gradients")
+    for kind, masked in itertools.product(kinds, (False, True)):
 
-        def prepare(requires_grad: bool = requires_grad, masked: bool = masked) -> Work:
-            x = tensors_of(TINY, torch.float32, requires_grad)
+        def prepare(kind: str = kind, masked: bool = masked) -> Work:
+            x = tensors_of(TINY, torch.float32, kind != kinds[0])
             mask = torch.ones(TINY[2], TINY[2], dtype=torch.bool) if masked else None
+            dout = torch.randn(TINY)
+
+            def side(function: Callable[..., Tensor]) -> Callable[[], object]:
+                if kind == kinds[2]:
+                    return lambda: torch.autograd.grad(function(*x, mask), x, dout)
+                return lambda: function(*x, mask)
+
             return Work(
-                lambda: attn_ext.scaled_dot_product_attention(*x, mask),
-                lambda: F.scaled_dot_product_attention(*x, mask),
+                side(attn_ext.scaled_dot_product_attention), side(F.scaled_dot_product_attention)
             )
 
-        name = f"call of {TINY} float32, {'with' if requires_grad else 'without'} requires_grad"
-        name += ", bool mask" if masked else ""
+        name = f"call of {TINY} float32, {kind}{', bool mask' if masked else ''}"
         yield Row("overhead", name, {"extra microseconds": 5.0}, prepare)
 
 

@@ -6,6 +6,7 @@
 
 namespace py = pybind11;
 using namespace attn_ext::bindings;
+using attn_ext::View;
 
 namespace {
 
@@ -47,7 +48,7 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
   const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, scale,
                                 static_cast<Causal>(causal), grouped});
   if (!p) return py::none();
-  py::object out = empty_for(query, *p), lse = py::none();
+  py::object out = empty_for(query, *p, p->value_dim), lse = py::none();
   if (with_lse) lse = lse_for(*p);
   const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
   {
@@ -57,13 +58,40 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
   return with_lse ? py::make_tuple(std::move(out), std::move(lse)) : std::move(out);
 }
 
+py::object plain_backward(int index, int threads, py::handle query, py::handle key,
+                          py::handle value, py::handle attn_mask, py::handle key_padding_mask,
+                          py::handle scale, int causal, py::handle out, py::handle lse,
+                          py::handle dout) {
+  const auto p = plain_problem(
+      {query, key, value, attn_mask, key_padding_mask, scale, static_cast<Causal>(causal), true});
+  if (!p) return py::none();
+  const auto given_out = read_output(out, *p), given_dout = read_output(dout, *p);
+  const auto given_lse = read_lse(lse, *p);
+  if (!given_out || !given_dout || !given_lse) return py::none();
+  const auto empty_for_keys = [&](py::handle tensor, const View& view, int64_t columns) {
+    return empty_in_layout_of(tensor, view, p->key_heads, p->key_length, columns, columns);
+  };
+  py::object dquery = empty_for(query, *p, p->head_dim);
+  py::object dkey = empty_for_keys(key, p->key, p->head_dim);
+  py::object dvalue = empty_for_keys(value, p->value, p->value_dim);
+  attn_ext::BackwardArguments to{};
+  to.out = *given_out, to.lse = *given_lse, to.dout = *given_dout;
+  to.dquery = as_plain_view(dquery), to.dkey = as_plain_view(dkey);
+  to.dvalue = as_plain_view(dvalue);
+  {
+    const py::gil_scoped_release release;
+    kernels(index).backward(*p, to, threads_for(threads, *p));
+  }
+  return py::make_tuple(std::move(dquery), std::move(dkey), std::move(dvalue));
+}
+
 py::object plain_forward_and_weights(int index, int threads, py::handle query, py::handle key,
                                      py::handle value, py::handle attn_mask,
                                      py::handle key_padding_mask, int causal, bool average) {
   const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, py::none(),
                                 static_cast<Causal>(causal), true});
   if (!p || p->query_heads == 0) return py::none();
-  py::object out = empty_for(query, *p), lse = lse_for(*p);
+  py::object out = empty_for(query, *p, p->value_dim), lse = lse_for(*p);
   PlainWeights weights(query, *p, average);
   const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
   {
@@ -158,6 +186,11 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("with_lse"),
         "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
         "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
+  m.def("plain_backward", &plain_backward, py::arg("capability"), py::arg("threads"),
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
+        py::arg("key_padding_mask"), py::arg("scale"), py::arg("causal"), py::arg("out"),
+        py::arg("lse"), py::arg("dout"),
+        "The gradients of query, key and value for what plain_forward gave, or None.");
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
         py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("attn_mask"), py::arg("key_padding_mask"), py::arg("causal"), py::arg("average"),

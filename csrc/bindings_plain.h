@@ -209,17 +209,39 @@ inline py::object empty_like(py::handle tensor) {
   return py::reinterpret_steal<py::object>(made);
 }
 
-// The output of a plain problem, in query's layout.
-inline py::object empty_for(py::handle query, const attn_ext::Problem& p) {
-  if (p.value_dim == p.head_dim &&
-      is_contiguous(p.query, p.query_heads, p.query_length, p.head_dim)) {
-    return empty_like(query);
-  }
-  const py::int_ columns(p.value_dim);
-  PyObject* arguments[] = {query.ptr(), columns.ptr()};
-  PyObject* out = PyObject_Vectorcall(plain.empty_in_layout_of, arguments, 2, nullptr);
-  if (!out) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(out);
+// A new tensor in the layout of another, which is (B, heads, rows, columns), with `wanted` columns.
+inline py::object empty_in_layout_of(py::handle tensor, const View& view, int64_t heads,
+                                     int64_t rows, int64_t columns, int64_t wanted) {
+  if (wanted == columns && is_contiguous(view, heads, rows, columns)) return empty_like(tensor);
+  const py::int_ argument(wanted);
+  PyObject* arguments[] = {tensor.ptr(), argument.ptr()};
+  PyObject* made = PyObject_Vectorcall(plain.empty_in_layout_of, arguments, 2, nullptr);
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+// The output of a plain problem, or query's gradient, in query's layout.
+inline py::object empty_for(py::handle query, const attn_ext::Problem& p, int64_t columns) {
+  return empty_in_layout_of(query, p.query, p.query_heads, p.query_length, p.head_dim, columns);
+}
+
+// The output of a plain problem or its gradient, if that is what a tensor can be.
+inline std::optional<View> read_output(py::handle tensor, const attn_ext::Problem& p) {
+  const int64_t shape[] = {p.batch, p.query_heads, p.query_length, p.value_dim};
+  dlpack::Tensor read;
+  const bool fits = read_plain(tensor, read) && as_dtype(read.type) == p.dtype &&
+                    std::equal(shape, shape + 4, read.shape);
+  return fits ? std::optional(as_view(read)) : std::nullopt;
+}
+
+// The same of LSE.
+inline std::optional<View> read_lse(py::handle tensor, const attn_ext::Problem& p) {
+  const int64_t shape[] = {p.batch, p.query_heads, p.query_length};
+  const DType dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  dlpack::Tensor read;
+  const bool fits = read_dense(tensor, read) && as_dtype(read.type) == dtype &&
+                    read.dimensions == 3 && std::equal(shape, shape + 3, read.shape);
+  return fits ? std::optional(as_view(read)) : std::nullopt;
 }
 
 // LSE of a plain problem: DLPack's allocation takes half the time of Python's.

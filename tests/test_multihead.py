@@ -908,6 +908,26 @@ def test_compile_with_a_causal_mask() -> None:
     )
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compiled_autograd(need_weights: bool) -> None:
+    """With projections large enough for the fast kernels."""
+    ours = MultiheadAttention(256, 4, dropout=0.1)
+    tokens = torch.randn(128, 8, 256)
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        out, weights = ours(tokens, tokens, tokens, need_weights=need_weights)
+        return out.square().sum() + (weights.square().sum() if need_weights else 0)
+
+    expected = torch.autograd.grad(loss(), list(ours.parameters()))
+    result = loss()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        result.backward()
+    for parameter, grad in zip(ours.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-3, rtol=1e-3)
+
+
 def test_per_sample_gradients() -> None:
     stock, ours = pair()
     samples = torch.randn(3, L, 2, E)

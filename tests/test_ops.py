@@ -307,22 +307,56 @@ def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
     assert "attn_ext.attention_backward.default" in names
 
 
+@pytest.mark.parametrize("name", ["plain", "LSE and sinks", "weights"])
+def test_compiled_autograd_sees_operators(name: str) -> None:
+    inputs = tensors()
+    sinks = torch.zeros(4, requires_grad=True)
+
+    def loss() -> Tensor:
+        if name == "weights":
+            return attn_ext.attention_weights(*inputs[:2]).square().sum()
+        if name == "plain":
+            return attn_ext.attention(*inputs).square().sum()
+        out, lse = attn_ext.attention(*inputs, sinks=sinks, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    used = {"weights": inputs[:2], "plain": inputs}.get(name, [*inputs, sinks])
+    expected = torch.autograd.grad(loss(), used)
+    result = loss()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        result.backward()
+    for tensor, grad in zip(used, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
+
+
 # --- Plain calls, which go to the CPU's kernel by a shorter way
+
+
+def outcomes_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """Of each call of this function of the CPU's backend from now on: whether it did something."""
+    seen: list[bool] = []
+    original = getattr(cpu, name)
+
+    def tried(*arguments: Any) -> Any:
+        result = original(*arguments)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cpu, name, tried)
+    return seen
 
 
 @pytest.fixture
 def plain_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each call that was tried the shorter way: whether it could go it."""
-    seen: list[bool] = []
-    original = cpu.plain_forward
+    return outcomes_of(monkeypatch, "plain_forward")
 
-    def plain_forward(*arguments: Any) -> Any:
-        result = original(*arguments)
-        seen.append(result is not None)
-        return result
 
-    monkeypatch.setattr(cpu, "plain_forward", plain_forward)
-    return seen
+@pytest.fixture
+def plain_gradients(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The same of their gradients."""
+    return outcomes_of(monkeypatch, "plain_backward")
 
 
 needs_plain_calls = pytest.mark.skipif(
@@ -340,14 +374,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def outcome(
     call: Callable[..., Tensor], inputs: list[Tensor], requires_grad: bool, **options: Any
 ) -> list[Tensor]:
-    """The output, the gradients and one second derivative."""
+    """The output, the gradients, the same with a graph, and one second derivative."""
     leaves = [x.detach().requires_grad_(requires_grad) for x in inputs]
     out = call(*leaves, **options)
     if not requires_grad:
         return [out]
+    first = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
     grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
     (second,) = torch.autograd.grad(grads[0].square().sum(), leaves[1])
-    return [out, *grads, second]
+    return [out, *first, *grads, second]
 
 
 @needs_plain_calls
@@ -363,6 +398,7 @@ def test_plain_calls_give_what_checked_ones_do(
     causal: str | None,
     requires_grad: bool,
     plain_calls: list[bool],
+    plain_gradients: list[bool],
 ) -> None:
     for shapes in (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)), ((2, 3, 40, 16),) * 3):
         inputs = [LAYOUTS[layout](torch.randn(shape, dtype=dtype)) for shape in shapes]
@@ -374,6 +410,7 @@ def test_plain_calls_give_what_checked_ones_do(
                 assert torch.equal(one, other)
                 assert one.stride() == other.stride()
     assert plain_calls == [True] * 4
+    assert plain_gradients == [True] * (8 * requires_grad)  # a second derivative has one too
 
 
 @needs_plain_calls
@@ -431,6 +468,7 @@ def test_plain_calls_with_masks(
     layout: str,
     requires_grad: bool,
     plain_calls: list[bool],
+    plain_gradients: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     masks = plain_masks(f"{kind}, {layout}", dtype)
@@ -448,6 +486,47 @@ def test_plain_calls_with_masks(
                 others = attention_and_weights(*inputs, average=True, **options)
             assert all(torch.equal(one, other) for one, other in zip(both, others, strict=True))
     assert plain_calls == [True] * 2
+    assert plain_gradients == [True] * (4 * requires_grad)
+
+
+def not_plain_gradients(like: Tensor) -> dict[str, Tensor]:
+    apart = torch.randn(*like.shape[:-1], 2 * like.shape[-1])
+    return {
+        "a number's": torch.tensor(2.0).expand(like.shape),
+        "columns apart": apart[..., ::2],
+        "a negative view": torch.view_as_complex(apart.unflatten(-1, (-1, 2))).conj().imag,
+        "a subclass": torch.randn(like.shape).as_subclass(type("Subclass", (Tensor,), {})),
+        "zeros without memory": torch._efficientzerotensor(like.shape),
+    }
+
+
+@needs_plain_calls
+@pytest.mark.parametrize("name", not_plain_gradients(torch.empty(1, 1, 1, 1)))
+def test_gradients_of_an_output_that_are_not_plain(name: str, plain_gradients: list[bool]) -> None:
+    inputs = tensors()
+    out = attn_ext.attention(*inputs)
+    dout = not_plain_gradients(out)[name]
+    actual = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    assert not any(plain_gradients)
+    expected = torch.autograd.grad(out, inputs, dout.as_subclass(Tensor) + torch.zeros(out.shape))
+    assert plain_gradients.pop()
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.as_subclass(Tensor), other)
+
+
+@needs_plain_calls
+def test_plain_gradients_read_what_hooks_gave_back(plain_gradients: list[bool]) -> None:
+    """Or leave it to the longer way, as here, where columns are no longer contiguous."""
+    inputs = tensors()
+    expected = torch.autograd.grad(attn_ext.attention(*inputs).square().sum(), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.transpose(-1, -2).contiguous(), lambda x: x.transpose(-1, -2)
+    ):
+        out = attn_ext.attention(*inputs)
+    actual = torch.autograd.grad((out * out.detach()).sum() * 2, inputs)
+    assert plain_gradients == [True, False]
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @needs_plain_calls

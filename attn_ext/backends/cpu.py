@@ -108,6 +108,27 @@ def plain_forward(
     return _cpu.plain_forward(*_settings(), *tensors, scale, mode, grouped, with_lse)
 
 
+def plain_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float | None,
+    causal: str | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`backward` for what `plain_forward` gave: the gradients of query, key and value.
+
+    None, and nothing done, if one of the tensors is not dense in CPU memory or does not fit.
+    """
+    tensors = (query, key, value, attn_mask, key_padding_mask)
+    mode = CAUSAL_MODES.index(causal)
+    return _cpu.plain_backward(*_settings(), *tensors, scale, mode, out, lse, dout)
+
+
 def plain_forward_and_weights(
     query: Tensor,
     key: Tensor,
