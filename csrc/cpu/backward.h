@@ -106,25 +106,20 @@ struct BackwardGroup {
   RowGroup group;
   const Element *queries_by_row, *douts_by_row;
   int64_t query_stride, dout_stride;
-  bool finite;
+  mutable std::optional<bool> finite;  // what is_finite found
 
   BackwardGroup(const Problem& p, const BackwardArguments& to, const RowGroup& row_group,
                 const BackwardWorkspace<Real, Element>& w)
       : group(row_group) {
     const RowBlock& rows = group.rows;
     queries_by_row = as_summed_rows<T>(p.query, rows, p.head_dim, w.queries_by_row, &query_stride);
-    finite = all_finite<Real>(at<const T>(p.query, rows.batch, rows.head, rows.first),
-                              p.query.stride[2], rows.count, p.head_dim);
     if (!to.dweights) {
       douts_by_row = as_summed_rows<T>(to.dout, rows, p.value_dim, w.douts_by_row, &dout_stride);
-      finite = finite && all_finite<Real>(at<const T>(to.dout, rows.batch, rows.head, rows.first),
-                                          to.dout.stride[2], rows.count, p.value_dim);
     }
     for (int64_t i = 0; i < group.count; ++i) {
       const RowBlock& block = group.blocks[i];
       pack_transposed<T>(p.query, block, p.head_dim, query_factor<Real>(p), w.queries[i]);
       load_lse(to.lse, block, w.lse[i]);
-      for (int64_t row = 0; row < block.count; ++row) finite &= !std::isnan(w.lse[i][row]);
       std::fill(w.row_term[i], w.row_term[i] + kRows<Real>, Real(0));
       std::fill(w.dqueries[i], w.dqueries[i] + p.head_dim * kRows<Real>, Real(0));
       if (to.dweights) continue;
@@ -135,6 +130,24 @@ struct BackwardGroup {
         if (to.row_term) *at<Real>(to.row_term, block.batch, block.head, row) = w.row_term[i][j];
       }
     }
+  }
+
+  // Whether its rows make 0 of hidden pairs. Looked at for the first tile that has any.
+  bool is_finite(const Problem& p, const BackwardArguments& to,
+                 const BackwardWorkspace<Real, Element>& w) const {
+    if (finite) return *finite;
+    const RowBlock& rows = group.rows;
+    const auto all_rows_finite = [&](const View& view, int64_t width) {
+      return all_finite<Real>(at<const T>(view, rows.batch, rows.head, rows.first), view.stride[2],
+                              rows.count, width);
+    };
+    finite = all_rows_finite(p.query, p.head_dim) &&
+             (to.dweights || all_rows_finite(to.dout, p.value_dim));
+    for (int64_t i = 0; i < group.count; ++i) {
+      const Real* lse = w.lse[i];
+      *finite &= std::none_of(lse, lse + group.blocks[i].count, [](Real x) { return x != x; });
+    }
+    return *finite;
   }
 };
 
@@ -372,7 +385,9 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
   const Real factor = compute_scores(
       p, rows, kind, part.key, part.keys, w.queries[part.block],
       tile.keys + part.key_in_tile * tile.key_stride, tile.key_stride, w.scores,
-      to.dweights ? Upcoming() : upcoming_keys<T>(p.value, rows, part.key, part.keys, p.value_dim),
+      Ahead(to.dweights ? Upcoming()
+                        : upcoming_keys<T>(p.value, rows, part.key, part.keys, p.value_dim),
+            &ahead),
       static_cast<Real*>(nullptr), w.slope);
   if (tile.careful) record_hidden(w.scores, part.keys, w.hidden);
   if (kStep > 1) hide_missing_rows(rows, whole_keys(part.keys), w.scores);
@@ -452,8 +467,8 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
     tile.values =
         tile_as_block<T>(p.value, all, key, keys, p.value_dim, w.values, &tile.value_stride);
   }
-  tile.careful = visible.any_hidden &&
-                 !(operands.finite && all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
+  tile.careful = visible.any_hidden && !(operands.is_finite(p, to, w) &&
+                                         all_finite<Real>(from, p.key.stride[2], keys, p.head_dim));
   for (int64_t block = visible.first_block; block < visible.end_block; ++block) {
     const RowBlock& rows = group.blocks[block];
     for (int64_t first = visible.first_key; first < visible.end_key; first += kPartKeys) {
@@ -518,6 +533,7 @@ void backward_group(const Problem& p, const BackwardArguments& to, const RowGrou
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     backward_tile<T>(p, to, operands, key, range.tile(key), packed, ahead.at(key), w);
   }
+  ahead.ask_rest();
   const Real scale = static_cast<Real>(p.scale);
   for (int64_t block = 0; block < group.count; ++block) {
     const RowBlock& rows = group.blocks[block];

@@ -151,9 +151,10 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
     factor = scores_of_planes(p, rows, kind, key, keys, packed, w);
   } else {
     const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
-    factor = compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
-                            packed.upcoming(rows, key, keys).in_haste(packed.read_once()), w.top,
-                            static_cast<Real*>(nullptr), keys_pass(p));
+    factor =
+        compute_scores(p, rows, kind, key, keys, w.queries, k, stride, w.scores,
+                       Ahead(packed.upcoming(rows, key, keys).in_haste(packed.read_once()), &ahead),
+                       w.top, static_cast<Real*>(nullptr), keys_pass(p));
   }
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
@@ -205,6 +206,7 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
     forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, ahead.at(key), w);
     first = false;
   }
+  ahead.ask_rest();
   if (first) clear_output(p, w);
   return any_edge;
 }
@@ -239,13 +241,15 @@ void write_output(const Problem& p, const ForwardArguments& to, const RowBlock& 
                   const ForwardWorkspace<Real, Element>& w) {
   alignas(kVectorBytes) Real inverse[kRows<Real>];
   T* out[kRows<Real>];
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const Real max = w.max[i], sum = w.sum[i];
-    out[i] = row_at<T>(to.out, rows, i);
-    inverse[i] = Real(1) / (sum == 0 ? Real(1) : sum);
-    if (!to.lse) continue;
+  for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
+    const Vec<Real> sum = load(w.sum + lane);
+    store<Real>(inverse + lane, Real(1) / (sum == Real(0) ? broadcast(Real(1)) : sum));
+  }
+  for (int64_t i = 0; i < rows.count; ++i) out[i] = row_at<T>(to.out, rows, i);
+  for (int64_t i = 0; to.lse && i < rows.count; ++i) {
+    const Real max = w.max[i];
     *row_at<Real>(to.lse, rows, i) =
-        max == kInfinity<Real> ? max : static_cast<Real>(kLn2 * max + std::log(sum));
+        max == kInfinity<Real> ? max : static_cast<Real>(kLn2 * max + std::log(w.sum[i]));
   }
   for_each_row(w.output, p.value_dim, rows, [&](int64_t i, int64_t d, Vec<Real> x, int64_t count) {
     store_some(out[i] + d, x * inverse[i], count);

@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <numeric>
 #include <type_traits>
 #include <utility>

@@ -260,7 +260,7 @@ float scores_of_planes(const Problem& p, const RowBlock& rows, TileKind kind, in
   const int64_t depth = plane_depth(p.head_dim);
   const Planes queries{w.queries, kRows<float>, depth * kRows<float>};
   return scores_of_products(
-      p, rows, kind, key, keys, w.scores, Upcoming(), w.top, static_cast<float*>(nullptr),
+      p, rows, kind, key, keys, w.scores, Ahead(), w.top, static_cast<float*>(nullptr),
       [&](int64_t whole, const Into<float>& into) {
         multiply_planes<ScoreProducts>(whole, depth, packed.keys(rows, key), queries, into);
       });

@@ -292,7 +292,7 @@ template <typename Real>
 Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
   const int64_t width = std::min(keys, p.key_length - key);
   if (!p.mask || p.mask.stride[2] == 0 || p.mask.stride[3] != 1 || width <= 0) return {};
-  Upcoming next;
+  Upcoming next{};
   with_mask_type<Real>(p.mask.dtype, [&](auto type) {
     next = upcoming_rows<decltype(type)>(p.mask, rows, width, key);
   });
@@ -303,10 +303,9 @@ Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64
 // row's largest score, if wanted; `multiply_into`: makes the products, of whole_keys.
 template <typename Real, typename Multiply>
 Real scores_of_products(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
-                        int64_t keys, Real* s, const Upcoming& operand, Real* top, Real* slope,
+                        int64_t keys, Real* s, Ahead ahead, Real* top, Real* slope,
                         Multiply multiply_into) {
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
-  Ahead ahead{operand};
   ahead.add(next_entries<Real>(p, rows, key + keys, keys));
   const int64_t whole = whole_keys(keys);
   Real* top_of_products = kProductsFindMaxima ? top : nullptr;
@@ -322,9 +321,9 @@ Real scores_of_products(const Problem& p, const RowBlock& rows, TileKind kind, i
 template <typename Element, typename Real>
 Real compute_scores(const Problem& p, const RowBlock& rows, TileKind kind, int64_t key,
                     int64_t keys, const Element* queries, const Element* k, int64_t k_stride,
-                    Real* s, const Upcoming& operand = {}, Real* top = nullptr,
-                    Real* slope = nullptr, bool keys_pass = false) {
-  return scores_of_products(p, rows, kind, key, keys, s, operand, top, slope,
+                    Real* s, const Ahead& ahead = {}, Real* top = nullptr, Real* slope = nullptr,
+                    bool keys_pass = false) {
+  return scores_of_products(p, rows, kind, key, keys, s, ahead, top, slope,
                             [&](int64_t whole, Into<Real> into) {
                               into.a_passes = keys_pass;
                               multiply<false>(whole, rows.vectors, score_depth<Element>(p), k,

@@ -311,7 +311,22 @@ inline void store_items(Item* p, Vector x, int64_t count) {
   constexpr int64_t kItems = sizeof(Vector) / sizeof(Item);
   if (count >= kItems) {
     std::memcpy(p, &x, sizeof(x));
-  } else if (count > 0) {
+    return;
+  }
+#if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
+  constexpr int kBytes = sizeof(Vector), kSize = sizeof(Item);
+  const uint32_t lanes = (1u << std::max<int64_t>(count, 0)) - 1;
+  if constexpr (kBytes == 64 && kSize == 8) {
+    return _mm512_mask_storeu_epi64(p, lanes, (__m512i)x);
+  }
+  if constexpr (kBytes == 64 && kSize == 4) {
+    return _mm512_mask_storeu_epi32(p, lanes, (__m512i)x);
+  }
+  if constexpr (kBytes == 32 && kSize == 2) {
+    return _mm256_mask_storeu_epi16(p, lanes, (__m256i)x);
+  }
+#endif
+  if (count > 0) {
     copy_by_halves<kVectorBytes / 2>(reinterpret_cast<char*>(p), reinterpret_cast<const char*>(&x),
                                      count * static_cast<int64_t>(sizeof(Item)));
   }

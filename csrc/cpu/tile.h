@@ -179,6 +179,9 @@ class AheadOfTiles {
     return ahead;
   }
 
+  // Once all tiles are done, of which there may have been too few to ask for all.
+  void ask_rest() { around_.ask_rest(); }
+
  private:
   const Problem& p_;
   const RowBlock& rows_;
@@ -282,22 +285,28 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
     const T* from[kW];
     for (int64_t i = 0; i < count; ++i) from[i] = row_at<const T>(view, rows, first_row + i);
     for (int64_t first = 0; first < elements; first += kW) {
-      const auto row = [&](int64_t i) -> Vec<Real> {
+      const auto row = [&](int64_t i, int64_t values) -> Vec<Real> {
+        const T* at_first = from[i] + first * kDepth<Element>;
         if constexpr (kDepth<Element> == 1) {
-          return load_some(from[i] + first, width - first) * factor;
+          return load_some(at_first, values) * factor;
         } else {
-          return load_pairs(from[i], first, width);
+          return reinterpret_cast<Vec<Real>>(load_items<Words>(at_first, values));
         }
       };
-      Vec<Real> block[kW];
-      if (count == kW) {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kW; ++i) block[i] = row(i);
-      } else {
-        for (int64_t i = 0; i < kW; ++i) block[i] = i < count ? row(i) : Vec<Real>{};
-      }
-      transpose<Real>(block);
+      constexpr int64_t kWhole = kW * kDepth<Element>;
+      const int64_t values = width - first * kDepth<Element>;
       Real* to = reinterpret_cast<Real*>(packed) + first * kRows<Real> + first_row;
+      Vec<Real> block[kW];
+      if (count == kW && values >= kWhole) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kW; ++i) block[i] = row(i, kWhole);
+        transpose<Real>(block);
+#pragma GCC unroll 16
+        for (int64_t e = 0; e < kW; ++e) store<Real>(to + e * kRows<Real>, block[e]);
+        continue;
+      }
+      for (int64_t i = 0; i < kW; ++i) block[i] = i < count ? row(i, values) : Vec<Real>{};
+      transpose<Real>(block);
       for (int64_t e = 0; e < std::min(kW, elements - first); ++e) {
         store<Real>(to + e * kRows<Real>, block[e]);
       }
@@ -316,13 +325,16 @@ inline void for_each_row(const Real* block, int64_t width, const RowBlock& rows,
     for (int64_t first_row = 0; first_row < count; first_row += kW) {
       const Real* from = block + d * kRows<Real> + first_row;
       Vec<Real> square[kW];
-      if (columns == kW) {
+      if (columns == kW && count - first_row >= kW) {
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kW; ++i) square[i] = load(from + i * kRows<Real>);
-      } else {
-        for (int64_t i = 0; i < kW; ++i) {
-          square[i] = i < columns ? load(from + i * kRows<Real>) : Vec<Real>{};
-        }
+        transpose<Real>(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kW; ++i) write(first_row + i, d, square[i], kW);
+        continue;
+      }
+      for (int64_t i = 0; i < kW; ++i) {
+        square[i] = i < columns ? load(from + i * kRows<Real>) : Vec<Real>{};
       }
       transpose<Real>(square);
       for (int64_t i = 0; i < std::min(kW, count - first_row); ++i) {

@@ -6,10 +6,16 @@ class Upcoming {
  public:
   static constexpr int64_t kLine = 64;
 
-  Upcoming() = default;
+  Upcoming() = default;  // `Upcoming()` is none; an array of them is not written
   // `count` rows of `bytes` bytes each, `stride` bytes apart.
   Upcoming(const void* first, int64_t stride, int64_t bytes, int64_t count)
-      : first_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(count) {
+      : first_(static_cast<const char*>(first)),
+        stride_(stride),
+        bytes_(bytes),
+        rows_(count),
+        row_(0),
+        column_(0),
+        in_haste_(false) {
     if (stride == bytes) bytes_ *= rows_, rows_ = 1;  // one row after the other
   }
 
@@ -60,18 +66,20 @@ class Upcoming {
   }
 
  private:
-  const char* first_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
-  int64_t row_ = 0, column_ = 0;  // of what is asked for next
-  bool in_haste_ = false;
+  const char* first_;
+  int64_t stride_, bytes_, rows_;
+  int64_t row_, column_;  // of what is asked for next
+  bool in_haste_;
 };
 
 // What a product asks for while it runs: the next product's operand, then whatever was added.
 struct Ahead {
   Upcoming operand;
 
-  Ahead() = default;
+  Ahead() : Ahead(Upcoming()) {}
   explicit Ahead(const Upcoming& operand) : operand(operand) {}
+  // The same, then what was added to `other`, which forgets what this one has asked for.
+  Ahead(const Upcoming& operand, Ahead* other) : operand(operand), other_(other) {}
 
   void add(const Upcoming& other) {
     if (other.any()) others_[count_++] = other;
@@ -80,9 +88,10 @@ struct Ahead {
   Upcoming::Share share(int64_t steps) {
     // Half a line a step, so each line twice, where nothing else waits and there is no haste: the
     // more evenly they come.
-    const bool more = next_ < count_, whole = more || operand.in_haste();
+    const bool more = has_others() || (other_ && other_->has_others());
+    const bool whole = more || operand.in_haste();
     if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
-    return more ? share_of_others(steps) : Upcoming::Share();
+    return share_of_others(steps);
   }
 
   // Lines of an operand in haste and of what was added, at once, where no inner loop has room for
@@ -90,19 +99,31 @@ struct Ahead {
   void ask(int64_t lines) {
     constexpr int64_t kMostInHaste = 128;  // a tile's values at a head_dim of 128, in two times
     if (operand.in_haste()) operand.ask(kMostInHaste);
-    while (lines > 0 && next_ < count_) {
+    while (lines > 0 && has_others()) {
       lines = others_[next_].ask(lines);
       if (!others_[next_].any()) ++next_;
     }
   }
 
+  // All that has not been asked for.
+  void ask_rest() {
+    constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+    operand.ask(kAll);
+    for (; has_others(); ++next_) others_[next_].ask(kAll);
+  }
+
  private:
+  bool has_others() const { return next_ < count_; }
+
   Upcoming::Share share_of_others(int64_t steps) {
-    const Upcoming::Share share = others_[next_].share(steps, Upcoming::kLine);
-    if (!others_[next_].any()) ++next_;
+    Ahead& from = has_others() || !other_ ? *this : *other_;
+    if (!from.has_others()) return {};
+    const Upcoming::Share share = from.others_[from.next_].share(steps, Upcoming::kLine);
+    if (!from.others_[from.next_].any()) ++from.next_;
     return share;
   }
 
   Upcoming others_[6];
   int count_ = 0, next_ = 0;
+  Ahead* other_ = nullptr;
 };
