@@ -8,7 +8,7 @@ RESULTS := bench/results
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 CXX_FILES := $(CSRC) $(wildcard attn_ext/benchmark/*.cpp bench/*.cpp tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp)
 
-.PHONY: demo test exhaustive sanitize bench report bench-cpu cuda-report triton-report gpu lint format stubs wheel clean
+.PHONY: demo test exhaustive sanitize aarch64 bench report bench-cpu cuda-report triton-report gpu lint format stubs wheel clean
 
 demo: .venv/built  ## train a small language model with stock attention and with ours, side by side
 	$(BIN)/python -m examples.demo
@@ -22,6 +22,9 @@ exhaustive: .venv/built  ## the full sweep of the contract suite; on emulated CU
 
 sanitize: .venv/built  ## the contract suite under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh
+
+aarch64: .venv/built  ## the CPU kernels' contract suite on AArch64, emulated by qemu; needs Debian's cross compiler
+	bash tests/aarch64.sh
 
 bench: .venv/built  ## time, memory and errors beside PyTorch and others: README's plot and a report
 	mkdir -p $(RESULTS)

@@ -230,6 +230,10 @@ inline float to_float(BFloat16 x) {
 inline float to_float(Float16 x) {
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES > 16
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, 2);
+  return half;
 #else
   // Shift exponent and mantissa into place, then let a product fix the bias, subnormals included.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFF) << 13;
@@ -249,6 +253,12 @@ inline double to_float(double x) { return x; }
 
 #if !defined(__x86_64__) || ATTN_EXT_VECTOR_BYTES == 16
 inline Float16 to_half(float x) {
+#ifdef __aarch64__
+  const __fp16 nearest = x;
+  Float16 result;
+  std::memcpy(&result, &nearest, 2);
+  return result;
+#else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
@@ -267,6 +277,7 @@ inline Float16 to_half(float x) {
     half = (magnitude - 0x38000000u + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   }
   return {static_cast<uint16_t>(sign | half)};
+#endif
 }
 #endif
 
