@@ -86,7 +86,7 @@ def plain_backward(
     dout: typing.Any,
 ) -> typing.Any:
     """
-    The gradients of query, key and value for what plain_forward gave, or None.
+    The gradients of query, key and value for what plain_forward gave; None, and nothing done, for tensors that need more than the kernel.
     """
 
 def plain_forward(

@@ -167,8 +167,8 @@ def _want_gradients(
 
 
 def _is_traced(problem: Problem) -> bool:
-    """Whether something other than eager PyTorch must see one operator here."""
-    return type(problem.query) not in (Tensor, torch.nn.Parameter) or _is_seen_by_others()
+    """Whether a call must be one operator, for the sake of its tensors or of who looks on."""
+    return type(problem.query) not in (Tensor, torch.nn.Parameter) or _needs_operators()
 
 
 def is_transformed() -> bool:
@@ -180,8 +180,8 @@ def is_transformed() -> bool:
     )
 
 
-def _is_seen_by_others() -> bool:
-    """Whether something other than eager PyTorch must see operators, in a backward pass too."""
+def _needs_operators() -> bool:
+    """Whether torch.compile, compiled autograd, a transform or a mode must see operators."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
@@ -274,7 +274,7 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         query, key, value, attn_mask, padding, out, lse = ctx.saved_tensors
-        if type(dout) is Tensor and not torch.is_grad_enabled() and not _is_seen_by_others():
+        if type(dout) is Tensor and not torch.is_grad_enabled() and not _needs_operators():
             tensors = (query, key, value, attn_mask, padding)
             plain = cpu.plain_backward(*tensors, ctx.scale, ctx.causal, out, lse, dout)
             if plain is not None:
@@ -303,17 +303,50 @@ def _gradients(
 ) -> Any:
     """A backend's backward pass, differentiable in its turn where that is asked for."""
     dout, dlse = _in_memory(dout), None if dlse is None else _in_memory(dlse)
-    if _is_seen_by_others() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
+    if _needs_operators() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
         saved = (out, lse, dout, dlse)
         return attention_gradients(_as_arguments(problem, module), saved, mask_gradient)
+    _check_unpacked(problem, lse, (dout, dlse, None), out)
     arguments = (out, lse, dout, dlse, mask_gradient)
     if torch.is_grad_enabled():
         return _AttentionBackward.apply(*problem.tensors, *arguments, problem.settings, module)
     return module.backward(problem, *arguments)
 
 
+def _check_unpacked(
+    problem: Problem, lse: Tensor, gradients: tuple[Tensor | None, ...], out: Tensor | None = None
+) -> None:
+    """Of what the forward pass saved: torch.autograd.graph.saved_tensors_hooks may change it.
+
+    `gradients`: those of the output, of LSE and of the weights, which PyTorch has checked.
+    """
+    query, key, value = problem.query, problem.key, problem.value
+    rows, compute_dtype = query.shape[:3], problem.compute_dtype
+    output = (*rows, value.shape[3])
+    dout, dlse, dweights = gradients
+    keys = (query.shape[0], *value.shape[1:3], query.shape[3])
+    of_all_heads = dweights is None or dweights.dim() == 4
+    weights = (*(rows if of_all_heads else (rows[0], rows[2])), key.shape[2])
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], torch.dtype], ...] = (
+        ("key", key, keys, query.dtype),
+        ("value", value, (*keys[:3], value.shape[3]), query.dtype),
+        ("the output", out, output, query.dtype),
+        ("the output's gradient", dout, output, query.dtype),
+        ("LSE", lse, rows, compute_dtype),
+        ("LSE's gradient", dlse, rows, compute_dtype),
+        ("the weights' gradient", dweights, weights, query.dtype),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None and (tensor.dtype is not dtype or tensor.shape != shape):
+            raise ValueError(
+                f"saved_tensors_hooks must give back what was saved; with query as it is now, "
+                f"{name} must be {dtype} and {tuple(shape)}, got {tensor.dtype} and "
+                f"{tuple(tensor.shape)}"
+            )
+
+
 def _in_memory(gradient: Tensor) -> Tensor:
-    """What an output's gradient shows: one of zeros may have no memory, another may be negated."""
+    """An output's gradient as one whose memory holds it, which zeros may lack; see `resolved`."""
     if not torch.compiler.is_compiling() and gradient._is_zerotensor():
         return gradient.clone()
     return resolved(gradient)
@@ -364,15 +397,17 @@ class _Weights(torch.autograd.Function):
         mask_gradient = ctx.needs_input_grad[2]
         dweights = _in_memory(dweights)
         grads: Any
-        if _is_seen_by_others() or is_batched(dweights):
+        if _needs_operators() or is_batched(dweights):
             arguments = _as_arguments(Problem(*tensors, *ctx.settings), ctx.module)
             grads = weights_gradients(arguments, lse, dweights, ctx.average, mask_gradient)
-        elif torch.is_grad_enabled():
+            return (*grads, None, None, None)
+        problem = Problem(*tensors, *ctx.settings)
+        _check_unpacked(problem, lse, (None, None, dweights))
+        if torch.is_grad_enabled():
             grads = _WeightsBackward.apply(
                 *tensors, lse, dweights, ctx.average, mask_gradient, ctx.settings, ctx.module
             )
         else:
-            problem = Problem(*tensors, *ctx.settings)
             grads = ctx.module.weights_backward(problem, lse, dweights, ctx.average, mask_gradient)
         return (*grads, None, None, None)
 

@@ -336,16 +336,16 @@ def inference_rows() -> Iterator[Row]:
 
 def overhead_rows() -> Iterator[Row]:
     """So little work that a call's own cost is what remains."""
-    kinds = ("without requires_grad", "with requires_grad", "with its gradients")
-    for kind, masked in itertools.product(kinds, (False, True)):
+    without, with_grad, gradients = "without requires_grad", "with requires_grad", "with gradients"
+    for kind, masked in itertools.product((without, with_grad, gradients), (False, True)):
 
         def prepare(kind: str = kind, masked: bool = masked) -> Work:
-            x = tensors_of(TINY, torch.float32, kind != kinds[0])
+            x = tensors_of(TINY, torch.float32, kind != without)
             mask = torch.ones(TINY[2], TINY[2], dtype=torch.bool) if masked else None
             dout = torch.randn(TINY)
 
             def side(function: Callable[..., Tensor]) -> Callable[[], object]:
-                if kind == kinds[2]:
+                if kind == gradients:
                     return lambda: torch.autograd.grad(function(*x, mask), x, dout)
                 return lambda: function(*x, mask)
 

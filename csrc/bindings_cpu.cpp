@@ -186,11 +186,13 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("with_lse"),
         "The output, or (out, lse); None, and nothing done, for tensors that need more than the "
         "kernel. `causal`: 0 for not, 1 for upper left, 2 for lower right.");
-  m.def("plain_backward", &plain_backward, py::arg("capability"), py::arg("threads"),
-        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
-        py::arg("key_padding_mask"), py::arg("scale"), py::arg("causal"), py::arg("out"),
-        py::arg("lse"), py::arg("dout"),
-        "The gradients of query, key and value for what plain_forward gave, or None.");
+  m.def(
+      "plain_backward", &plain_backward, py::arg("capability"), py::arg("threads"),
+      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("attn_mask"),
+      py::arg("key_padding_mask"), py::arg("scale"), py::arg("causal"), py::arg("out"),
+      py::arg("lse"), py::arg("dout"),
+      "The gradients of query, key and value for what plain_forward gave; None, and nothing done, "
+      "for tensors that need more than the kernel.");
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
         py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("attn_mask"), py::arg("key_padding_mask"), py::arg("causal"), py::arg("average"),

@@ -209,7 +209,8 @@ inline py::object empty_like(py::handle tensor) {
   return py::reinterpret_steal<py::object>(made);
 }
 
-// A new tensor in the layout of another, which is (B, heads, rows, columns), with `wanted` columns.
+// A new tensor in the layout of another, which is (B, heads, rows, columns); or with `wanted`
+// columns.
 inline py::object empty_in_layout_of(py::handle tensor, const View& view, int64_t heads,
                                      int64_t rows, int64_t columns, int64_t wanted) {
   if (wanted == columns && is_contiguous(view, heads, rows, columns)) return empty_like(tensor);
@@ -220,12 +221,13 @@ inline py::object empty_in_layout_of(py::handle tensor, const View& view, int64_
   return py::reinterpret_steal<py::object>(made);
 }
 
-// The output of a plain problem, or query's gradient, in query's layout.
+// The output of a plain problem, or with head_dim columns query's gradient, in query's layout.
 inline py::object empty_for(py::handle query, const attn_ext::Problem& p, int64_t columns) {
   return empty_in_layout_of(query, p.query, p.query_heads, p.query_length, p.head_dim, columns);
 }
 
-// The output of a plain problem or its gradient, if that is what a tensor can be.
+// Reads a tensor of a plain problem's output's shape and dtype, which its gradient has too; nothing
+// if it is not.
 inline std::optional<View> read_output(py::handle tensor, const attn_ext::Problem& p) {
   const int64_t shape[] = {p.batch, p.query_heads, p.query_length, p.value_dim};
   dlpack::Tensor read;
@@ -234,7 +236,7 @@ inline std::optional<View> read_output(py::handle tensor, const attn_ext::Proble
   return fits ? std::optional(as_view(read)) : std::nullopt;
 }
 
-// The same of LSE.
+// Reads a tensor of LSE's shape and dtype; nothing if it is not.
 inline std::optional<View> read_lse(py::handle tensor, const attn_ext::Problem& p) {
   const int64_t shape[] = {p.batch, p.query_heads, p.query_length};
   const DType dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;

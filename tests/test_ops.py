@@ -410,7 +410,9 @@ def test_plain_calls_give_what_checked_ones_do(
                 assert torch.equal(one, other)
                 assert one.stride() == other.stride()
     assert plain_calls == [True] * 4
-    assert plain_gradients == [True] * (8 * requires_grad)  # a second derivative has one too
+    assert plain_gradients == [True] * (
+        8 * requires_grad
+    )  # two a call: a second derivative has one
 
 
 @needs_plain_calls
@@ -489,14 +491,15 @@ def test_plain_calls_with_masks(
     assert plain_gradients == [True] * (4 * requires_grad)
 
 
-def not_plain_gradients(like: Tensor) -> dict[str, Tensor]:
+def not_plain_gradients(like: Tensor) -> dict[str, tuple[Tensor, bool]]:
+    """Gradients of an output, and whether the shorter way is tried with them, in vain."""
     apart = torch.randn(*like.shape[:-1], 2 * like.shape[-1])
     return {
-        "a number's": torch.tensor(2.0).expand(like.shape),
-        "columns apart": apart[..., ::2],
-        "a negative view": torch.view_as_complex(apart.unflatten(-1, (-1, 2))).conj().imag,
-        "a subclass": torch.randn(like.shape).as_subclass(type("Subclass", (Tensor,), {})),
-        "zeros without memory": torch._efficientzerotensor(like.shape),
+        "a number's": (torch.tensor(2.0).expand(like.shape), True),
+        "columns apart": (apart[..., ::2], True),
+        "a negative view": (torch.view_as_complex(apart.unflatten(-1, (-1, 2))).conj().imag, True),
+        "a subclass": (apart[..., ::2].as_subclass(type("Subclass", (Tensor,), {})), False),
+        "zeros without memory": (torch._efficientzerotensor(like.shape), True),
     }
 
 
@@ -505,13 +508,25 @@ def not_plain_gradients(like: Tensor) -> dict[str, Tensor]:
 def test_gradients_of_an_output_that_are_not_plain(name: str, plain_gradients: list[bool]) -> None:
     inputs = tensors()
     out = attn_ext.attention(*inputs)
-    dout = not_plain_gradients(out)[name]
+    dout, tried = not_plain_gradients(out)[name]
     actual = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-    assert not any(plain_gradients)
+    assert plain_gradients == [False] * tried
     expected = torch.autograd.grad(out, inputs, dout.as_subclass(Tensor) + torch.zeros(out.shape))
     assert plain_gradients.pop()
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.as_subclass(Tensor), other)
+
+
+def test_gradients_of_zeros_without_memory() -> None:
+    """As forward-mode derivatives have them; of LSE and of weights too."""
+    inputs = tensors()
+    out, lse = attn_ext.attention(*inputs, return_lse=True)
+    weights = attn_ext.attention_weights(*inputs[:2], lse=lse)
+    for result in (out, lse, weights):
+        zeros = torch._efficientzerotensor(result.shape)
+        grads = torch.autograd.grad(result, inputs, zeros, retain_graph=True, allow_unused=True)
+        assert all(grad is None or not grad.any() for grad in grads)
+        assert grads[0] is not None
 
 
 @needs_plain_calls
@@ -527,6 +542,31 @@ def test_plain_gradients_read_what_hooks_gave_back(plain_gradients: list[bool]) 
     assert plain_gradients == [True, False]
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["plain", "checked", "weights"])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda x: x.double(),
+        lambda x: x.bfloat16() if x.dim() == 3 else x,
+        lambda x: x[:, :, :3],
+        lambda x: x[..., :3] if x.dim() == 3 else x,
+    ],
+    ids=["float64", "LSE in bfloat16", "fewer rows", "LSE of fewer rows"],
+)
+def test_hooks_that_give_back_something_else(name: str, pack: Callable[[Tensor], Tensor]) -> None:
+    """As float64, what a float32 output's gradient and LSE hold would be read beyond their ends."""
+    inputs = tensors()
+    lse = attn_ext.attention(*inputs, return_lse=True)[1].detach()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = {
+            "plain": lambda: attn_ext.attention(*inputs),
+            "checked": lambda: attn_ext.attention(*inputs, backend="cpu"),
+            "weights": lambda: attn_ext.attention_weights(*inputs[:2], lse=lse),
+        }[name]()
+    with pytest.raises(ValueError, match="saved_tensors_hooks must give back what was saved"):
+        out.square().sum().backward()
 
 
 @needs_plain_calls

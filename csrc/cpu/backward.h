@@ -106,7 +106,7 @@ struct BackwardGroup {
   RowGroup group;
   const Element *queries_by_row, *douts_by_row;
   int64_t query_stride, dout_stride;
-  mutable std::optional<bool> finite;  // what is_finite found
+  std::optional<bool> known_finite;  // what is_finite found
 
   BackwardGroup(const Problem& p, const BackwardArguments& to, const RowGroup& row_group,
                 const BackwardWorkspace<Real, Element>& w)
@@ -132,22 +132,24 @@ struct BackwardGroup {
     }
   }
 
-  // Whether its rows make 0 of hidden pairs. Looked at for the first tile that has any.
+  // Whether queries, dO and LSE are finite, so that a hidden pair's product with its weight of 0 is
+  // 0. Only tiles with hidden pairs ask, which small problems often have none of.
   bool is_finite(const Problem& p, const BackwardArguments& to,
-                 const BackwardWorkspace<Real, Element>& w) const {
-    if (finite) return *finite;
+                 const BackwardWorkspace<Real, Element>& w) {
+    if (known_finite) return *known_finite;
     const RowBlock& rows = group.rows;
     const auto all_rows_finite = [&](const View& view, int64_t width) {
       return all_finite<Real>(at<const T>(view, rows.batch, rows.head, rows.first), view.stride[2],
                               rows.count, width);
     };
-    finite = all_rows_finite(p.query, p.head_dim) &&
-             (to.dweights || all_rows_finite(to.dout, p.value_dim));
+    bool finite = all_rows_finite(p.query, p.head_dim) &&
+                  (to.dweights || all_rows_finite(to.dout, p.value_dim));
     for (int64_t i = 0; i < group.count; ++i) {
       const Real* lse = w.lse[i];
-      *finite &= std::none_of(lse, lse + group.blocks[i].count, [](Real x) { return x != x; });
+      finite &= std::none_of(lse, lse + group.blocks[i].count, [](Real x) { return x != x; });
     }
-    return *finite;
+    known_finite = finite;
+    return finite;
   }
 };
 
@@ -450,7 +452,7 @@ struct VisibleParts {
 // Products ask for what is ahead, its operand being the next tile's keys.
 template <typename T, typename Real, typename Element>
 void backward_tile(const Problem& p, const BackwardArguments& to,
-                   const BackwardGroup<T, Real, Element>& operands, int64_t key, int64_t keys,
+                   BackwardGroup<T, Real, Element>& operands, int64_t key, int64_t keys,
                    const PackedColumns<T, Element>& packed, Ahead& ahead,
                    const BackwardWorkspace<Real, Element>& w) {
   constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
@@ -527,7 +529,7 @@ template <typename T, typename Real, typename Element>
 void backward_group(const Problem& p, const BackwardArguments& to, const RowGroup& group,
                     const PackedColumns<T, Element>& packed, const Ahead& after,
                     const BackwardWorkspace<Real, Element>& w) {
-  const BackwardGroup<T, Real, Element> operands(p, to, group, w);
+  BackwardGroup<T, Real, Element> operands(p, to, group, w);
   const KeyRange range(p, group.rows);
   AheadOfTiles<T> ahead(p, group.rows, range, after);
   for (int64_t key = range.first; key < range.end; key += kKeys) {

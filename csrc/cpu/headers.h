@@ -12,8 +12,8 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <optional>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>

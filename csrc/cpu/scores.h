@@ -292,7 +292,7 @@ template <typename Real>
 Upcoming next_entries(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
   const int64_t width = std::min(keys, p.key_length - key);
   if (!p.mask || p.mask.stride[2] == 0 || p.mask.stride[3] != 1 || width <= 0) return {};
-  Upcoming next{};
+  Upcoming next;
   with_mask_type<Real>(p.mask.dtype, [&](auto type) {
     next = upcoming_rows<decltype(type)>(p.mask, rows, width, key);
   });

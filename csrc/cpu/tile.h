@@ -176,11 +176,16 @@ class AheadOfTiles {
     ahead.operand = rest.first < rest.end
                         ? first_keys<T>(p_, rows_, rest).in_haste(after_.operand.in_haste())
                         : after_.operand;
+    at_end_ = rest.first >= rest.end;
     return ahead;
   }
 
-  // Once all tiles are done, of which there may have been too few to ask for all.
-  void ask_rest() { around_.ask_rest(); }
+  // Once all tiles are done, of which there may have been too few to ask for all, the last ones
+  // being skipped.
+  void ask_rest() {
+    if (!at_end_) around_.operand = after_.operand;
+    around_.ask_rest();
+  }
 
  private:
   const Problem& p_;
@@ -188,6 +193,7 @@ class AheadOfTiles {
   const KeyRange& range_;
   const Ahead& after_;
   Ahead around_, not_yet_;
+  bool at_end_ = false;
 };
 
 enum class TileKind { kSkip, kFull, kEdge };
@@ -285,19 +291,18 @@ void pack_transposed(const View& view, const RowBlock& rows, int64_t width, Real
     const T* from[kW];
     for (int64_t i = 0; i < count; ++i) from[i] = row_at<const T>(view, rows, first_row + i);
     for (int64_t first = 0; first < elements; first += kW) {
-      const auto row = [&](int64_t i, int64_t values) -> Vec<Real> {
-        const T* at_first = from[i] + first * kDepth<Element>;
+      const auto row = [&](int64_t i, int64_t values) -> Vec<Real> {  // of which so many exist
         if constexpr (kDepth<Element> == 1) {
-          return load_some(at_first, values) * factor;
+          return load_some(from[i] + first, values) * factor;
         } else {
-          return reinterpret_cast<Vec<Real>>(load_items<Words>(at_first, values));
+          return load_pairs(from[i], first, first * kDepth<Element> + values);
         }
       };
       constexpr int64_t kWhole = kW * kDepth<Element>;
       const int64_t values = width - first * kDepth<Element>;
       Real* to = reinterpret_cast<Real*>(packed) + first * kRows<Real> + first_row;
       Vec<Real> block[kW];
-      if (count == kW && values >= kWhole) {
+      if (count == kW && values >= kWhole) {  // stays in registers, all counts being constant
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kW; ++i) block[i] = row(i, kWhole);
         transpose<Real>(block);
@@ -325,7 +330,7 @@ inline void for_each_row(const Real* block, int64_t width, const RowBlock& rows,
     for (int64_t first_row = 0; first_row < count; first_row += kW) {
       const Real* from = block + d * kRows<Real> + first_row;
       Vec<Real> square[kW];
-      if (columns == kW && count - first_row >= kW) {
+      if (columns == kW && count - first_row >= kW) {  // as in pack_transposed
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kW; ++i) square[i] = load(from + i * kRows<Real>);
         transpose<Real>(square);

@@ -6,16 +6,10 @@ class Upcoming {
  public:
   static constexpr int64_t kLine = 64;
 
-  Upcoming() = default;  // `Upcoming()` is none; an array of them is not written
+  Upcoming() = default;
   // `count` rows of `bytes` bytes each, `stride` bytes apart.
   Upcoming(const void* first, int64_t stride, int64_t bytes, int64_t count)
-      : first_(static_cast<const char*>(first)),
-        stride_(stride),
-        bytes_(bytes),
-        rows_(count),
-        row_(0),
-        column_(0),
-        in_haste_(false) {
+      : first_(static_cast<const char*>(first)), stride_(stride), bytes_(bytes), rows_(count) {
     if (stride == bytes) bytes_ *= rows_, rows_ = 1;  // one row after the other
   }
 
@@ -66,32 +60,34 @@ class Upcoming {
   }
 
  private:
-  const char* first_;
-  int64_t stride_, bytes_, rows_;
-  int64_t row_, column_;  // of what is asked for next
-  bool in_haste_;
+  const char* first_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, rows_ = 0;
+  int64_t row_ = 0, column_ = 0;  // of what is asked for next
+  bool in_haste_ = false;
 };
 
-// What a product asks for while it runs: the next product's operand, then whatever was added.
+// What a product asks for while it runs: the next product's operand, then whatever was added, then
+// what was added to another.
 struct Ahead {
   Upcoming operand;
 
   Ahead() : Ahead(Upcoming()) {}
-  explicit Ahead(const Upcoming& operand) : operand(operand) {}
-  // The same, then what was added to `other`, which forgets what this one has asked for.
-  Ahead(const Upcoming& operand, Ahead* other) : operand(operand), other_(other) {}
+  // `then` is changed by what is asked for and must live as long. Inner loops alone look at it (not
+  // AMX's, which have no room for that).
+  explicit Ahead(const Upcoming& operand, Ahead* then = nullptr) : operand(operand), then_(then) {}
 
-  void add(const Upcoming& other) {
-    if (other.any()) others_[count_++] = other;
+  void add(const Upcoming& more) {
+    if (more.any() && count_ < kMost) added_[count_++] = more;
   }
 
   Upcoming::Share share(int64_t steps) {
     // Half a line a step, so each line twice, where nothing else waits and there is no haste: the
     // more evenly they come.
-    const bool more = has_others() || (other_ && other_->has_others());
+    const bool more = any_added() || (then_ && then_->any_added());
     const bool whole = more || operand.in_haste();
     if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
-    return share_of_others(steps);
+    Ahead& from = any_added() || !then_ ? *this : *then_;
+    return from.any_added() ? from.share_of_added(steps) : Upcoming::Share();
   }
 
   // Lines of an operand in haste and of what was added, at once, where no inner loop has room for
@@ -99,31 +95,33 @@ struct Ahead {
   void ask(int64_t lines) {
     constexpr int64_t kMostInHaste = 128;  // a tile's values at a head_dim of 128, in two times
     if (operand.in_haste()) operand.ask(kMostInHaste);
-    while (lines > 0 && has_others()) {
-      lines = others_[next_].ask(lines);
-      if (!others_[next_].any()) ++next_;
+    while (lines > 0 && any_added()) {
+      lines = added_[next_].ask(lines);
+      if (!added_[next_].any()) ++next_;
     }
   }
 
-  // All that has not been asked for.
+  // All that has not been asked for, stalls or not: what follows would wait for it one by one.
   void ask_rest() {
     constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
     operand.ask(kAll);
-    for (; has_others(); ++next_) others_[next_].ask(kAll);
+    for (; any_added(); ++next_) added_[next_].ask(kAll);
   }
 
  private:
-  bool has_others() const { return next_ < count_; }
+  static constexpr int kMost = 6;
 
-  Upcoming::Share share_of_others(int64_t steps) {
-    Ahead& from = has_others() || !other_ ? *this : *other_;
-    if (!from.has_others()) return {};
-    const Upcoming::Share share = from.others_[from.next_].share(steps, Upcoming::kLine);
-    if (!from.others_[from.next_].any()) ++from.next_;
+  bool any_added() const { return next_ < count_; }
+
+  Upcoming::Share share_of_added(int64_t steps) {
+    const Upcoming::Share share = added_[next_].share(steps, Upcoming::kLine);
+    if (!added_[next_].any()) ++next_;
     return share;
   }
 
-  Upcoming others_[6];
+  union {  // written from the first on, as they are added: all at once would show in small tiles
+    Upcoming added_[kMost];
+  };
   int count_ = 0, next_ = 0;
-  Ahead* other_ = nullptr;
+  Ahead* then_;
 };

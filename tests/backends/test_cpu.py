@@ -23,7 +23,7 @@ from test_contract import assert_contract
 
 import attn_ext
 from attn_ext import processor
-from attn_ext.backends import cpu
+from attn_ext.backends import cpu, native, reference
 from attn_ext.problem import Problem
 
 
@@ -246,6 +246,37 @@ def test_nothing_is_read_past_the_end(
     assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
     more = cpu.weights_backward(problem, lse, weights, True, True)
     assert all(torch.isfinite(grad).all() for grad in more if grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 9, 15, 17, 31, 33])
+@pytest.mark.parametrize(
+    "capability", [name for name, there in cpu.capabilities().items() if there]
+)
+def test_nothing_is_written_beside_a_row(
+    capability: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are columns of wider tensors, whose others keep what they hold."""
+    monkeypatch.setattr(cpu, "capability", capability)
+    made = []
+
+    def wider(like: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+        shape = (*like.shape[:3], (columns or like.shape[3]) + 40)
+        made.append(torch.full(shape, 7.0, dtype=like.dtype))
+        return made[-1][..., : shape[3] - 40]
+
+    monkeypatch.setattr(native, "empty_in_layout_of", wider)
+    for length in (3, 20):
+        query, key, value, dout = (torch.randn(1, 2, length, width).to(dtype) for _ in range(4))
+        problem = Problem.build(query, key, value)
+        out, lse = cpu.forward(problem)
+        grads = cpu.backward(problem, out, lse, dout, None, False)
+        assert len(made) == 4
+        expected = reference.forward(Problem.build(*(x.double() for x in (query, key, value))))[0]
+        torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+        assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
+        assert all((x[..., width:] == 7).all() for x in made)
+        made.clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
