@@ -306,7 +306,7 @@ def _gradients(
     if _needs_operators() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
         saved = (out, lse, dout, dlse)
         return attention_gradients(_as_arguments(problem, module), saved, mask_gradient)
-    _check_unpacked(problem, lse, (dout, dlse, None), out)
+    _check_unpacked(problem, lse, out=out, dout=dout, dlse=dlse)
     arguments = (out, lse, dout, dlse, mask_gradient)
     if torch.is_grad_enabled():
         return _AttentionBackward.apply(*problem.tensors, *arguments, problem.settings, module)
@@ -314,16 +314,21 @@ def _gradients(
 
 
 def _check_unpacked(
-    problem: Problem, lse: Tensor, gradients: tuple[Tensor | None, ...], out: Tensor | None = None
+    problem: Problem,
+    lse: Tensor,
+    *,
+    out: Tensor | None = None,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dweights: Tensor | None = None,
 ) -> None:
     """Of what the forward pass saved: torch.autograd.graph.saved_tensors_hooks may change it.
 
-    `gradients`: those of the output, of LSE and of the weights, which PyTorch has checked.
+    PyTorch has checked the gradients themselves.
     """
     query, key, value = problem.query, problem.key, problem.value
     rows, compute_dtype = query.shape[:3], problem.compute_dtype
     output = (*rows, value.shape[3])
-    dout, dlse, dweights = gradients
     keys = (query.shape[0], *value.shape[1:3], query.shape[3])
     of_all_heads = dweights is None or dweights.dim() == 4
     weights = (*(rows if of_all_heads else (rows[0], rows[2])), key.shape[2])
@@ -394,22 +399,29 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> Any:
         *tensors, lse = ctx.saved_tensors
-        mask_gradient = ctx.needs_input_grad[2]
-        dweights = _in_memory(dweights)
-        grads: Any
-        if _needs_operators() or is_batched(dweights):
-            arguments = _as_arguments(Problem(*tensors, *ctx.settings), ctx.module)
-            grads = weights_gradients(arguments, lse, dweights, ctx.average, mask_gradient)
-            return (*grads, None, None, None)
         problem = Problem(*tensors, *ctx.settings)
-        _check_unpacked(problem, lse, (None, None, dweights))
-        if torch.is_grad_enabled():
-            grads = _WeightsBackward.apply(
-                *tensors, lse, dweights, ctx.average, mask_gradient, ctx.settings, ctx.module
-            )
-        else:
-            grads = ctx.module.weights_backward(problem, lse, dweights, ctx.average, mask_gradient)
-        return (*grads, None, None, None)
+        mask_gradient = ctx.needs_input_grad[2]
+        arguments = (lse, dweights, ctx.average, mask_gradient)
+        return (*_weights_gradients(problem, ctx.module, *arguments), None, None, None)
+
+
+def _weights_gradients(
+    problem: Problem,
+    module: Any,
+    lse: Tensor,
+    dweights: Tensor,
+    average: bool,
+    mask_gradient: bool,
+) -> Any:
+    """As `_gradients`, for the weights."""
+    dweights = _in_memory(dweights)
+    arguments = (lse, dweights, average, mask_gradient)
+    if _needs_operators() or is_batched(dweights):
+        return weights_gradients(_as_arguments(problem, module), *arguments)
+    _check_unpacked(problem, lse, dweights=dweights)
+    if torch.is_grad_enabled():
+        return _WeightsBackward.apply(*problem.tensors, *arguments, problem.settings, module)
+    return module.weights_backward(problem, *arguments)
 
 
 class _WeightsBackward(torch.autograd.Function):

@@ -6,7 +6,6 @@
 
 namespace py = pybind11;
 using namespace attn_ext::bindings;
-using attn_ext::View;
 
 namespace {
 
@@ -48,7 +47,7 @@ py::object plain_forward(int index, int threads, py::handle query, py::handle ke
   const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, scale,
                                 static_cast<Causal>(causal), grouped});
   if (!p) return py::none();
-  py::object out = empty_for(query, *p, p->value_dim), lse = py::none();
+  py::object out = empty_for(query, *p), lse = py::none();
   if (with_lse) lse = lse_for(*p);
   const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
   {
@@ -68,12 +67,9 @@ py::object plain_backward(int index, int threads, py::handle query, py::handle k
   const auto given_out = read_output(out, *p), given_dout = read_output(dout, *p);
   const auto given_lse = read_lse(lse, *p);
   if (!given_out || !given_dout || !given_lse) return py::none();
-  const auto empty_for_keys = [&](py::handle tensor, const View& view, int64_t columns) {
-    return empty_in_layout_of(tensor, view, p->key_heads, p->key_length, columns, columns);
-  };
-  py::object dquery = empty_for(query, *p, p->head_dim);
-  py::object dkey = empty_for_keys(key, p->key, p->head_dim);
-  py::object dvalue = empty_for_keys(value, p->value, p->value_dim);
+  py::object dquery = gradient_for(query, p->query, p->query_heads, p->query_length, p->head_dim);
+  py::object dkey = gradient_for(key, p->key, p->key_heads, p->key_length, p->head_dim);
+  py::object dvalue = gradient_for(value, p->value, p->key_heads, p->key_length, p->value_dim);
   attn_ext::BackwardArguments to{};
   to.out = *given_out, to.lse = *given_lse, to.dout = *given_dout;
   to.dquery = as_plain_view(dquery), to.dkey = as_plain_view(dkey);
@@ -91,7 +87,7 @@ py::object plain_forward_and_weights(int index, int threads, py::handle query, p
   const auto p = plain_problem({query, key, value, attn_mask, key_padding_mask, py::none(),
                                 static_cast<Causal>(causal), true});
   if (!p || p->query_heads == 0) return py::none();
-  py::object out = empty_for(query, *p, p->value_dim), lse = lse_for(*p);
+  py::object out = empty_for(query, *p), lse = lse_for(*p);
   PlainWeights weights(query, *p, average);
   const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
   {

@@ -35,8 +35,7 @@ inline bool read_contiguous(py::handle tensor, dlpack::Tensor& read) {
 template <int kDimensions>
 inline const float* read_sized(py::handle tensor, const int64_t (&sizes)[kDimensions]) {
   dlpack::Tensor read;
-  const bool fits = read_contiguous(tensor, read) && read.dimensions == kDimensions &&
-                    std::equal(sizes, sizes + kDimensions, read.shape);
+  const bool fits = read_contiguous(tensor, read) && has_sizes(read, sizes);
   return fits ? static_cast<const float*>(address_of(read)) : nullptr;
 }
 

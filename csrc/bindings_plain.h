@@ -209,8 +209,7 @@ inline py::object empty_like(py::handle tensor) {
   return py::reinterpret_steal<py::object>(made);
 }
 
-// A new tensor in the layout of another, which is (B, heads, rows, columns); or with `wanted`
-// columns.
+// A new tensor in the layout of another, which is (B, heads, rows, columns), with `wanted` columns.
 inline py::object empty_in_layout_of(py::handle tensor, const View& view, int64_t heads,
                                      int64_t rows, int64_t columns, int64_t wanted) {
   if (wanted == columns && is_contiguous(view, heads, rows, columns)) return empty_like(tensor);
@@ -221,28 +220,37 @@ inline py::object empty_in_layout_of(py::handle tensor, const View& view, int64_
   return py::reinterpret_steal<py::object>(made);
 }
 
-// The output of a plain problem, or with head_dim columns query's gradient, in query's layout.
-inline py::object empty_for(py::handle query, const attn_ext::Problem& p, int64_t columns) {
-  return empty_in_layout_of(query, p.query, p.query_heads, p.query_length, p.head_dim, columns);
+// The output of a plain problem, in query's layout.
+inline py::object empty_for(py::handle query, const attn_ext::Problem& p) {
+  return empty_in_layout_of(query, p.query, p.query_heads, p.query_length, p.head_dim, p.value_dim);
+}
+
+// The gradient of a plain tensor of these sizes, in its layout.
+inline py::object gradient_for(py::handle tensor, const View& view, int64_t heads, int64_t rows,
+                               int64_t columns) {
+  return empty_in_layout_of(tensor, view, heads, rows, columns, columns);
+}
+
+template <int kDimensions>
+inline bool has_sizes(const dlpack::Tensor& read, const int64_t (&sizes)[kDimensions]) {
+  return read.dimensions == kDimensions && std::equal(sizes, sizes + kDimensions, read.shape);
 }
 
 // Reads a tensor of a plain problem's output's shape and dtype, which its gradient has too; nothing
 // if it is not.
 inline std::optional<View> read_output(py::handle tensor, const attn_ext::Problem& p) {
-  const int64_t shape[] = {p.batch, p.query_heads, p.query_length, p.value_dim};
   dlpack::Tensor read;
   const bool fits = read_plain(tensor, read) && as_dtype(read.type) == p.dtype &&
-                    std::equal(shape, shape + 4, read.shape);
+                    has_sizes(read, {p.batch, p.query_heads, p.query_length, p.value_dim});
   return fits ? std::optional(as_view(read)) : std::nullopt;
 }
 
 // Reads a tensor of LSE's shape and dtype; nothing if it is not.
 inline std::optional<View> read_lse(py::handle tensor, const attn_ext::Problem& p) {
-  const int64_t shape[] = {p.batch, p.query_heads, p.query_length};
   const DType dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   dlpack::Tensor read;
   const bool fits = read_dense(tensor, read) && as_dtype(read.type) == dtype &&
-                    read.dimensions == 3 && std::equal(shape, shape + 3, read.shape);
+                    has_sizes(read, {p.batch, p.query_heads, p.query_length});
   return fits ? std::optional(as_view(read)) : std::nullopt;
 }
 

@@ -24,17 +24,16 @@ if [ ! -e "$work/installed" ]; then
   apt update
   apt install --download-only --no-install-recommends -y python3-dev libstdc++6 libgomp1
   for deb in "$work"/debs/*.deb; do dpkg-deb -x "$deb" "$root"; done
-fi
-interpreter=$(cd "$root/usr/bin" && echo python3.??)
-if [ ! -e "$work/installed" ]; then
+  version=$(cd "$root/usr/bin" && echo python3.??)
   triton=$("$python" -c 'import triton; print(triton.__version__)')
   # Without dependencies: pip takes them for the host's processor.
-  "$python" -m pip install --quiet --no-deps --target "$site" --only-binary :all: --python-version "${interpreter#python}" \
+  "$python" -m pip install --quiet --no-deps --target "$site" --only-binary :all: --python-version "${version#python}" \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
     "torch==$torch" filelock fsspec jinja2 markupsafe mpmath networkx sympy typing_extensions \
     "triton==$triton" numpy pybind11 pytest iniconfig packaging pluggy pygments
-  touch "$work/installed"
+  echo "$version" > "$work/installed"
 fi
+interpreter=$(cat "$work/installed")
 
 rm -rf "$package"
 mkdir -p "$package"

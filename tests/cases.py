@@ -342,3 +342,10 @@ def gradients_from_rounded(
     row_term = (weights * keep * dweights).sum(-1)
     found.update(gradients("weights'", dweights, row_term, 0.0 * exact.value.sum()))
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def compiled_backward(result: Tensor) -> None:
+    """`result.backward()` under compiled autograd, without a graph break."""
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        result.backward()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import compiled_backward
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
@@ -920,10 +921,7 @@ def test_compiled_autograd(need_weights: bool) -> None:
         return out.square().sum() + (weights.square().sum() if need_weights else 0)
 
     expected = torch.autograd.grad(loss(), list(ours.parameters()))
-    result = loss()
-    compiler = torch.compile(backend="aot_eager", fullgraph=True)
-    with torch._dynamo.compiled_autograd._enable(compiler):
-        result.backward()
+    compiled_backward(loss())
     for parameter, grad in zip(ours.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, atol=1e-3, rtol=1e-3)
 

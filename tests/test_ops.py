@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import compiled_backward
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,10 +323,7 @@ def test_compiled_autograd_sees_operators(name: str) -> None:
 
     used = {"weights": inputs[:2], "plain": inputs}.get(name, [*inputs, sinks])
     expected = torch.autograd.grad(loss(), used)
-    result = loss()
-    compiler = torch.compile(backend="aot_eager", fullgraph=True)
-    with torch._dynamo.compiled_autograd._enable(compiler):
-        result.backward()
+    compiled_backward(loss())
     for tensor, grad in zip(used, expected, strict=True):
         torch.testing.assert_close(tensor.grad, grad)
 
@@ -410,9 +408,8 @@ def test_plain_calls_give_what_checked_ones_do(
                 assert torch.equal(one, other)
                 assert one.stride() == other.stride()
     assert plain_calls == [True] * 4
-    assert plain_gradients == [True] * (
-        8 * requires_grad
-    )  # two a call: a second derivative has one
+    # Two a call: a second derivative has one.
+    assert plain_gradients == [True] * (8 * requires_grad)
 
 
 @needs_plain_calls

@@ -293,6 +293,9 @@ inline void copy_by_halves(char* to, const char* from, int64_t bytes) {
   if constexpr (kChunk > 1) copy_by_halves<kChunk / 2>(to, from, bytes);
 }
 
+// The mask of the first `count` lanes of fewer than 32.
+inline uint32_t first_lanes(int64_t count) { return (1u << std::max<int64_t>(count, 0)) - 1; }
+
 // No item beyond them is touched. There may be more than the vector holds.
 template <typename Vector, typename Item>
 inline Vector load_items(const Item* p, int64_t count = sizeof(Vector) / sizeof(Item)) {
@@ -304,7 +307,7 @@ inline Vector load_items(const Item* p, int64_t count = sizeof(Vector) / sizeof(
   }
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
   constexpr int kBytes = sizeof(Vector), kSize = sizeof(Item);
-  const uint32_t lanes = (1u << std::max<int64_t>(count, 0)) - 1;
+  const uint32_t lanes = first_lanes(count);
   if constexpr (kBytes == 64 && kSize == 8) return (Vector)_mm512_maskz_loadu_epi64(lanes, p);
   if constexpr (kBytes == 64 && kSize == 4) return (Vector)_mm512_maskz_loadu_epi32(lanes, p);
   if constexpr (kBytes == 64 && kSize == 2) return (Vector)_mm512_maskz_loadu_epi16(lanes, p);
@@ -326,7 +329,7 @@ inline void store_items(Item* p, Vector x, int64_t count) {
   }
 #if defined(__x86_64__) && ATTN_EXT_VECTOR_BYTES == 64
   constexpr int kBytes = sizeof(Vector), kSize = sizeof(Item);
-  const uint32_t lanes = (1u << std::max<int64_t>(count, 0)) - 1;
+  const uint32_t lanes = first_lanes(count);
   if constexpr (kBytes == 64 && kSize == 8) {
     return _mm512_mask_storeu_epi64(p, lanes, (__m512i)x);
   }

@@ -83,11 +83,10 @@ struct Ahead {
   Upcoming::Share share(int64_t steps) {
     // Half a line a step, so each line twice, where nothing else waits and there is no haste: the
     // more evenly they come.
-    const bool more = any_added() || (then_ && then_->any_added());
-    const bool whole = more || operand.in_haste();
-    if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
     Ahead& from = any_added() || !then_ ? *this : *then_;
-    return from.any_added() ? from.share_of_added(steps) : Upcoming::Share();
+    const bool more = from.any_added(), whole = more || operand.in_haste();
+    if (operand.any()) return operand.share(steps, whole ? Upcoming::kLine : Upcoming::kLine / 2);
+    return more ? from.share_of_added(steps) : Upcoming::Share();
   }
 
   // Lines of an operand in haste and of what was added, at once, where no inner loop has room for
