@@ -8,6 +8,7 @@ from attn_ext._version import __version__
 from attn_ext.dispatch import BACKENDS, Explanation, ReferenceFallbackWarning, use_backend
 from attn_ext.functional import (
     attention,
+    attention_and_weights,
     attention_weights,
     explain,
     scaled_dot_product_attention,
@@ -22,6 +23,7 @@ __all__ = [
     "MultiheadAttention",
     "ReferenceFallbackWarning",
     "attention",
+    "attention_and_weights",
     "attention_weights",
     "explain",
     "multi_head_attention_forward",

@@ -9,6 +9,7 @@ __all__: list[str] = [
     "backward",
     "capabilities",
     "forward",
+    "forward_and_weights",
     "linear",
     "plain_backward",
     "plain_forward",
@@ -56,6 +57,20 @@ def forward(
 ) -> None:
     """
     Write out and lse.
+    """
+
+def forward_and_weights(
+    capability: typing.SupportsInt | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    problem: typing.Any,
+    dropout: typing.Any,
+    out: typing.Any,
+    lse: typing.Any,
+    weights: typing.Any,
+    average: bool,
+) -> None:
+    """
+    Write out, lse and the attention weights.
     """
 
 def linear(
@@ -118,7 +133,7 @@ def plain_forward_and_weights(
     average: bool,
 ) -> typing.Any:
     """
-    As plain_forward with the default scale: (out, weights), or None.
+    As plain_forward with the default scale: (out, weights, lse), or None.
     """
 
 def plain_self_attention(

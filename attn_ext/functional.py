@@ -163,6 +163,8 @@ def attention_weights(
 ) -> Tensor:
     """The attention weights themselves, after dropout, in one fused pass.
 
+    With the output, too: see `attention_and_weights`.
+
     With `average` the mean over heads is summed up tile by tile: (B, Hq, Lq, Lk) never exists.
 
     Args:
@@ -210,7 +212,7 @@ def attention_weights(
     else:
         _check_lse(lse, problem)
         lse = resolved(lse)
-    return ops.attention_weights(problem.replace(sinks=None), lse, average, backend)
+    return ops.attention_weights(problem, lse, average, backend)
 
 
 def attention_and_weights(
@@ -218,15 +220,52 @@ def attention_and_weights(
     key: Tensor,
     value: Tensor,
     *,
-    average: bool,
+    average: bool = True,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     causal: bool | str | None = None,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     seed: int | Tensor | None = None,
+    offset: int = 0,
+    generator: torch.Generator | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` and the `attention_weights` that it used: arguments are checked once for both."""
-    if _is_zero(dropout_p, float):
+    """`attention` and the weights that it used, after dropout.
+
+    On CPUs one pass over the keys makes both, if these are no more than 8192: the mean over heads
+    then costs little more than the output alone. Elsewhere it is `attention` and then
+    `attention_weights`.
+
+    Args:
+        average: return the mean over heads rather than each head's weights.
+
+        The others are those of `attention`.
+
+    Returns:
+        The output (B, Hq, Lq, Dv), and the weights (B, Lq, Lk) if average, else (B, Hq, Lq, Lk); in
+        query's dtype. Differentiable.
+
+    Raises:
+        As `attention`.
+    """
+    if (
+        window is None
+        and scale is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and backend is None
+        and _is_zero(dropout_p, float)
+        and _is_zero(q_start, int)
+        and _is_zero(k_start, int)
+    ):
         tensors = (query, key, value, attn_mask, key_padding_mask)
         plain = ops.plain_attention_and_weights(*tensors, checked_causal(causal), bool(average))
         if plain is not None:
@@ -241,14 +280,19 @@ def attention_and_weights(
         value,
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         dropout_p=dropout_p,
         causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        q_start=q_start,
+        k_start=k_start,
     )
     if problem.dropout_p > 0:
-        problem.seed = _checked_seed(seed, None)
-    problem = _without_float_padding(problem)
-    out, lse = ops.attention(problem, None)
-    return out, ops.attention_weights(problem, lse, average, None)
+        problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
+    return ops.attention_and_weights(_without_float_padding(problem), average, backend)
 
 
 def scaled_dot_product_attention(

@@ -54,7 +54,7 @@ def plain_attention(
     arguments = (query, key, value, attn_mask, key_padding_mask, scale, causal, grouped)
     if _want_gradients(query, key, value):
         try:
-            return _record_plain_attention(*arguments)
+            return _record_plain_attention(*arguments, None)
         except _NotPlainError:
             return None
     return cpu.plain_forward(*arguments, False)
@@ -69,11 +69,17 @@ def plain_attention_and_weights(
     causal: str | None,
     average: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `plain_attention`, the output and the weights, where no gradient is wanted."""
+    """As `plain_attention`, the output and the weights."""
     tensors = (query, key, value, attn_mask, key_padding_mask)
-    if not _are_plain(*tensors) or _want_gradients(query, key, value):
+    if not _are_plain(*tensors):
         return None
-    return cpu.plain_forward_and_weights(*tensors, causal, average)
+    if _want_gradients(query, key, value):
+        try:
+            return _record_plain_attention(*tensors, None, causal, True, average)
+        except _NotPlainError:
+            return None
+    result = cpu.plain_forward_and_weights(*tensors, causal, average)
+    return None if result is None else result[:2]
 
 
 def _are_plain(
@@ -128,6 +134,8 @@ def attention(problem: Problem, backend: str | None, with_lse: bool = True) -> t
 
 def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str | None) -> Tensor:
     """Weights after dropout, (B, Hq, Lq, Lk) or averaged over heads (B, Lq, Lk), differentiable."""
+    if problem.sinks is not None:  # LSE holds them
+        problem = problem.replace(sinks=None)
     traced = _is_traced(problem)
     if backend == "reference" or _needs_forward_mode(problem, traced, lse):
         return reference.weights(problem, lse, average)
@@ -142,6 +150,22 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str
     return _record_weights(
         problem.query, problem.key, problem.attn_mask, lse, problem, average, module
     )
+
+
+def attention_and_weights(
+    problem: Problem, average: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Output and weights of a problem, by one pass where its backend has that."""
+    traced = _is_traced(problem)
+    if not (traced or backend == "reference" or _needs_forward_mode(problem, traced)):
+        module = dispatch.select(problem, backend)
+        if module is cpu:
+            if _needs_gradient(problem):
+                return _record_both(*differentiable_inputs(problem), problem, average)
+            out, _, weights = cpu.forward_and_weights(problem, average)
+            return out, weights
+    out, lse = attention(problem, backend)
+    return out, attention_weights(problem, lse, average, backend)
 
 
 def _needs_gradient(problem: Problem) -> bool:
@@ -243,12 +267,51 @@ class _Attention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+class _AttentionAndWeights(torch.autograd.Function):
+    """`_Attention` and `_Weights` by the CPU's kernel for both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        problem: Problem,
+        average: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, weights = cpu.forward_and_weights(problem, average)
+        ctx.save_for_backward(*problem.tensors, out, lse)
+        ctx.settings, ctx.average = problem.settings, average
+        _prepare_weights(ctx, weights)
+        return out, weights
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> Any:
+        *tensors, out, lse = ctx.saved_tensors
+        problem = Problem(*tensors, *ctx.settings)
+        arguments = (out, lse, dout, dweights, ctx.average, ctx.needs_input_grad[3])
+        return (*_gradients_of_both(problem, *arguments), None, None)
+
+
+def _prepare_weights(ctx: Any, weights: Tensor) -> None:
+    """Of a function that returns them beside an output."""
+    query, key, _, mask, *_ = ctx.needs_input_grad
+    if not (query or key or mask):
+        ctx.mark_non_differentiable(weights)
+    ctx.set_materialize_grads(False)
+
+
 class _NotPlainError(Exception):
     pass
 
 
 class _PlainAttention(torch.autograd.Function):
-    """`_Attention` by `cpu.plain_forward`; raises `_NotPlainError` where that does nothing."""
+    """`_Attention` by `cpu.plain_forward`, or `_AttentionAndWeights` where `average` is not None.
+
+    It raises `_NotPlainError` where `cpu.plain_forward` does nothing.
+    """
 
     @staticmethod
     def forward(
@@ -261,29 +324,66 @@ class _PlainAttention(torch.autograd.Function):
         scale: float | None,
         causal: str | None,
         grouped: bool,
-    ) -> Tensor:
+        average: bool | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tensors = (query, key, value, attn_mask, key_padding_mask)
-        result = cpu.plain_forward(*tensors, scale, causal, grouped, True)
+        if average is None:
+            result = cpu.plain_forward(*tensors, scale, causal, grouped, True)
+        else:
+            result = cpu.plain_forward_and_weights(*tensors, causal, average)
         if result is None:
             raise _NotPlainError
-        out, lse = result
+        out, lse = result[0], result[-1]
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.scale, ctx.causal = scale, causal
-        return out
+        ctx.scale, ctx.causal, ctx.average = scale, causal, average
+        if average is None:
+            return out
+        _prepare_weights(ctx, result[1])
+        return result[:2]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None = None) -> Any:
         query, key, value, attn_mask, padding, out, lse = ctx.saved_tensors
-        if type(dout) is Tensor and not torch.is_grad_enabled() and not _needs_operators():
+        if (
+            type(dout) is Tensor
+            and dweights is None
+            and not torch.is_grad_enabled()
+            and not _needs_operators()
+        ):
             tensors = (query, key, value, attn_mask, padding)
             plain = cpu.plain_backward(*tensors, ctx.scale, ctx.causal, out, lse, dout)
             if plain is not None:
-                return (*plain, None, None, None, None, None)
+                return (*plain, None, None, None, None, None, None)
         scale = default_scale(query.shape[3]) if ctx.scale is None else ctx.scale
         mask = None if attn_mask is None else as_four_dimensional(attn_mask)
         problem = Problem(query, key, value, mask, None, padding, causal=ctx.causal, scale=scale)
-        grads = _gradients(problem, cpu, out, lse, dout, None, False)
-        return (*grads[:3], None, None, None, None, None)
+        grads = _gradients_of_both(problem, out, lse, dout, dweights, ctx.average, False)
+        return (*grads[:3], None, None, None, None, None, None)
+
+
+def _gradients_of_both(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    average: bool,
+    mask_gradient: bool,
+) -> tuple[Tensor | None, ...]:
+    """`_gradients` of what the CPU's kernels gave, for the output and weights together."""
+    if dweights is None:
+        if dout is None:
+            return (None,) * 5
+        return tuple(_gradients(problem, cpu, out, lse, dout, None, mask_gradient))
+    if torch.is_grad_enabled():
+        # LSE, which the weights are a function of, is one of query, key and mask in its turn.
+        out, lse = attention(problem, "cpu")
+    given_lse = problem.replace(sinks=None)
+    arguments = (lse, dweights, average, mask_gradient)
+    of_query, of_key, of_mask, dlse = _weights_gradients(given_lse, cpu, *arguments)
+    dout = torch.zeros_like(out) if dout is None else dout
+    query, key, value, mask, sinks = _gradients(problem, cpu, out, lse, dout, dlse, mask_gradient)
+    return query + of_query, key + of_key, value, mask + of_mask if mask_gradient else None, sinks
 
 
 def _as_arguments(problem: Problem, module: Any) -> tuple[Any, ...]:
@@ -455,3 +555,4 @@ def _recorder(function: type[torch.autograd.Function]) -> Any:
 _record_attention = _recorder(_Attention)
 _record_plain_attention = _recorder(_PlainAttention)
 _record_weights = _recorder(_Weights)
+_record_both = _recorder(_AttentionAndWeights)

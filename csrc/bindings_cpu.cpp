@@ -92,10 +92,10 @@ py::object plain_forward_and_weights(int index, int threads, py::handle query, p
   const attn_ext::ForwardArguments to{as_plain_view(out), as_plain_view(lse)};
   {
     const py::gil_scoped_release release;
-    kernels(index).forward(*p, to, threads_for(threads, *p));
-    kernels(index).weights(*p, {to.lse, weights.view, average}, threads_for(threads, *p));
+    const attn_ext::WeightsArguments weights_to{to.lse, weights.view, average};
+    kernels(index).forward_weights(*p, to, weights_to, threads_for(threads, *p));
   }
-  return py::make_tuple(std::move(out), std::move(weights.tensor));
+  return py::make_tuple(std::move(out), std::move(weights.tensor), std::move(lse));
 }
 
 py::object plain_self_attention(int index, int threads, py::handle tokens, py::handle in_weight,
@@ -111,10 +111,11 @@ py::object plain_self_attention(int index, int threads, py::handle tokens, py::h
   {
     const py::gil_scoped_release release;
     kernels(index).linear(module.in, threads_for(threads, module.in));
-    kernels(index).forward(p, module.attention, threads_for(threads, p));
     if (weights) {
       const attn_ext::WeightsArguments to{module.attention.lse, weights->view, average};
-      kernels(index).weights(p, to, threads_for(threads, p));
+      kernels(index).forward_weights(p, module.attention, to, threads_for(threads, p));
+    } else {
+      kernels(index).forward(p, module.attention, threads_for(threads, p));
     }
     kernels(index).linear(module.out, threads_for(threads, module.out));
   }
@@ -140,6 +141,15 @@ void weights(int index, int threads, py::handle problem, py::handle dropout, py:
   const attn_ext::WeightsArguments to{as_view(lse), as_view(weights), average};
   const py::gil_scoped_release release;
   kernels(index).weights(p.native, to, threads_for(threads, p.native));
+}
+
+void forward_and_weights(int index, int threads, py::handle problem, py::handle dropout,
+                         py::handle out, py::handle lse, py::handle weights, bool average) {
+  const Problem p = as_problem(problem, dropout);
+  const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
+  const attn_ext::WeightsArguments weights_to{to.lse, as_view(weights), average};
+  const py::gil_scoped_release release;
+  kernels(index).forward_weights(p.native, to, weights_to, threads_for(threads, p.native));
 }
 
 void linear(int index, int threads, int64_t rows, py::handle input, py::handle weight,
@@ -192,7 +202,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("plain_forward_and_weights", &plain_forward_and_weights, py::arg("capability"),
         py::arg("threads"), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("attn_mask"), py::arg("key_padding_mask"), py::arg("causal"), py::arg("average"),
-        "As plain_forward with the default scale: (out, weights), or None.");
+        "As plain_forward with the default scale: (out, weights, lse), or None.");
   m.def("plain_self_attention", &plain_self_attention, py::arg("capability"), py::arg("threads"),
         py::arg("tokens"), py::arg("in_weight"), py::arg("in_bias"), py::arg("out_weight"),
         py::arg("out_bias"), py::arg("heads"), py::arg("batch_first"), py::arg("with_weights"),
@@ -207,6 +217,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("weights", &weights, py::arg("capability"), py::arg("threads"), py::arg("problem"),
         py::arg("dropout"), py::arg("lse"), py::arg("weights"), py::arg("average"),
         "Write the attention weights.");
+  m.def("forward_and_weights", &forward_and_weights, py::arg("capability"), py::arg("threads"),
+        py::arg("problem"), py::arg("dropout"), py::arg("out"), py::arg("lse"), py::arg("weights"),
+        py::arg("average"), "Write out, lse and the attention weights.");
   m.def("linear", &linear, py::arg("capability"), py::arg("threads"), py::arg("rows"),
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         "Write input @ weight^T + bias.");

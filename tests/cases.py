@@ -250,6 +250,14 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     return Inputs(*tensors, case.options(s)).to(dtype)
 
 
+_IN_ONE_PASS = ", in one pass"
+
+
+def name_in_reference(name: str) -> str:
+    """The name of the same result in `run_reference`, which has no kernel for several at once."""
+    return name.removesuffix(_IN_ONE_PASS)
+
+
 def run(inputs: Inputs, backend: str, average: bool = True) -> dict[str, Tensor]:
     """Everything that a backend computes for a problem: both passes of attention and of its weights."""
     query, key, value, options = inputs.query, inputs.key, inputs.value, inputs.options
@@ -267,6 +275,9 @@ def run(inputs: Inputs, backend: str, average: bool = True) -> dict[str, Tensor]
     results["weights"] = weights
     loss = (weights.double() * _direction(weights)).sum()
     results.update(_gradients("weights'", loss, inputs.differentiable))
+    if backend == "cpu":  # which has a kernel for both
+        out, weights = attn_ext.attention_and_weights(query, key, value, average=average, backend=backend, **options)  # fmt: skip
+        results.update({f"out{_IN_ONE_PASS}": out, f"weights{_IN_ONE_PASS}": weights})
     return {name: tensor.detach() for name, tensor in results.items()}
 
 

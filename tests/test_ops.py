@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import attn_ext
 from attn_ext.backends import cpu
-from attn_ext.functional import attention_and_weights
 from attn_ext.operators import split_arguments
 from attn_ext.problem import Problem
 
@@ -36,7 +35,8 @@ def function(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple
     if options.get("dropout_p"):
         options = {"seed": 5, **options}
     out, lse = attn_ext.attention(query, key, value, return_lse=True, **options)
-    return out, lse, attn_ext.attention_weights(query, key, lse=lse, **options)
+    weights = attn_ext.attention_weights(query, key, lse=lse, **options)
+    return out, lse, weights, *attn_ext.attention_and_weights(query, key, value, **options)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -308,7 +308,7 @@ def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
     assert "attn_ext.attention_backward.default" in names
 
 
-@pytest.mark.parametrize("name", ["plain", "LSE and sinks", "weights"])
+@pytest.mark.parametrize("name", ["plain", "LSE and sinks", "weights", "both", "both, plain"])
 def test_compiled_autograd_sees_operators(name: str) -> None:
     inputs = tensors()
     sinks = torch.zeros(4, requires_grad=True)
@@ -318,10 +318,14 @@ def test_compiled_autograd_sees_operators(name: str) -> None:
             return attn_ext.attention_weights(*inputs[:2]).square().sum()
         if name == "plain":
             return attn_ext.attention(*inputs).square().sum()
+        if name.startswith("both"):
+            backend = None if name == "both, plain" else "cpu"
+            both = attn_ext.attention_and_weights(*inputs, average=True, backend=backend)
+            return sum(x.square().sum() for x in both)  # type: ignore[return-value]
         out, lse = attn_ext.attention(*inputs, sinks=sinks, return_lse=True)
         return out.square().sum() + lse.sum()
 
-    used = {"weights": inputs[:2], "plain": inputs}.get(name, [*inputs, sinks])
+    used = {"weights": inputs[:2], "LSE and sinks": [*inputs, sinks]}.get(name, inputs)
     expected = torch.autograd.grad(loss(), used)
     compiled_backward(loss())
     for tensor, grad in zip(used, expected, strict=True):
@@ -478,12 +482,11 @@ def test_plain_calls_with_masks(
         expected = outcome(attn_ext.attention, inputs, requires_grad, **options, backend="cpu")
         for one, other in zip(actual, expected, strict=True):
             assert torch.equal(one, other)
-        if not requires_grad:
-            both = attention_and_weights(*inputs, average=True, **options)
-            with monkeypatch.context() as patch:
-                patch.setattr(cpu, "plain_forward_and_weights", lambda *_: None)
-                others = attention_and_weights(*inputs, average=True, **options)
-            assert all(torch.equal(one, other) for one, other in zip(both, others, strict=True))
+        both = attn_ext.attention_and_weights(*inputs, average=True, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "plain_forward_and_weights", lambda *_: None)
+            others = attn_ext.attention_and_weights(*inputs, average=True, **options)
+        assert all(torch.equal(one, other) for one, other in zip(both, others, strict=True))
     assert plain_calls == [True] * 2
     assert plain_gradients == [True] * (4 * requires_grad)
 
@@ -541,7 +544,7 @@ def test_plain_gradients_read_what_hooks_gave_back(plain_gradients: list[bool]) 
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["plain", "checked", "weights"])
+@pytest.mark.parametrize("name", ["plain", "checked", "weights", "both", "both, checked"])
 @pytest.mark.parametrize(
     "pack",
     [
@@ -561,6 +564,8 @@ def test_hooks_that_give_back_something_else(name: str, pack: Callable[[Tensor],
             "plain": lambda: attn_ext.attention(*inputs),
             "checked": lambda: attn_ext.attention(*inputs, backend="cpu"),
             "weights": lambda: attn_ext.attention_weights(*inputs[:2], lse=lse),
+            "both": lambda: attn_ext.attention_and_weights(*inputs, average=True)[1],
+            "both, checked": lambda: attn_ext.attention_and_weights(*inputs, backend="cpu")[1],
         }[name]()
     with pytest.raises(ValueError, match="saved_tensors_hooks must give back what was saved"):
         out.square().sum().backward()
@@ -651,19 +656,78 @@ def test_plain_calls_with_weights(
     average: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def outcomes(inputs: list[Tensor]) -> Iterator[Tensor]:
+        yield from attn_ext.attention_and_weights(*inputs, average=average, causal=causal)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        both = attn_ext.attention_and_weights(*leaves, average=average, causal=causal)
+        yield from both
+        for results in (both, both[:1], both[1:]):
+            loss = sum(x.square().sum() for x in results)
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            yield from (grad for grad in grads if grad is not None)
+            yield torch.autograd.grad(grads[0].square().sum(), leaves[1], retain_graph=True)[0]
+
+    calls = outcomes_of(monkeypatch, "plain_forward_and_weights")
     for shapes in (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)), ((2, 3, 40, 16),) * 3):
         inputs = [LAYOUTS[layout](torch.randn(shape, dtype=dtype)) for shape in shapes]
-        actual = attention_and_weights(*inputs, average=average, causal=causal)
+        actual = list(outcomes(inputs))
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "plain_forward_and_weights", lambda *_: None)
-            expected = attention_and_weights(*inputs, average=average, causal=causal)
+            expected = list(outcomes(inputs))
         for one, other in zip(actual, expected, strict=True):
             assert torch.equal(one, other)
             assert one.stride() == other.stride()
-    inputs[0].requires_grad_()
-    assert attention_and_weights(*inputs, average=average)[1].requires_grad
+    assert calls == [True] * 4
     none = torch.empty(1, 0, 3, 8)
-    assert attention_and_weights(none, none, none, average=True)[1].isnan().all()
+    assert attn_ext.attention_and_weights(none, none, none, average=True)[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "no options"])
+def test_output_and_weights_are_those_of_separate_calls(name: str) -> None:
+    """Each alone and both together, with their gradients and second ones."""
+    options = OPTIONS.get(name, {})
+    if "dropout_p" in options:
+        options = {**options, "seed": 5}
+    inputs = tensors(torch.float64)
+    named = {k: v.double().requires_grad_() for k, v in options.items() if isinstance(v, Tensor)}
+    inputs += named.values()
+    options = {**options, **named}
+    if name != "no options":
+        options["backend"] = "cpu"  # by the longer way
+
+    def separate(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attn_ext.attention(*inputs, return_lse=True, **options)
+        return out, attn_ext.attention_weights(*inputs[:2], lse=lse, **options)
+
+    def results(call: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Tensor | None]:
+        both = call(*inputs[:3], **options)
+        yield from both
+        directions = [torch.ones_like(x).cumsum(-1) for x in both]
+        for chosen in (slice(0, 2), slice(0, 1), slice(1, 2)):
+            arguments = (both[chosen], inputs, directions[chosen])
+            yield from torch.autograd.grad(*arguments, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(*arguments, create_graph=True, allow_unused=True)
+            loss = sum(grad.square().sum() for grad in grads if grad is not None)
+            yield from torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+
+    actual, expected = results(attn_ext.attention_and_weights), results(separate)
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        if other is None:  # of the value, which weights don't know
+            assert one is None or not one.any(), index
+        else:
+            torch.testing.assert_close(one, other, msg=lambda text, i=index: f"{i}: {text}")
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_weights_need_no_gradient_of_value_alone(backend: str | None) -> None:
+    inputs = tensors(grad=False)
+    inputs[2].requires_grad_()
+    out, weights = attn_ext.attention_and_weights(*inputs, average=True, backend=backend)
+    assert out.requires_grad
+    assert not weights.requires_grad
+    (actual,) = torch.autograd.grad(out.square().sum(), inputs[2])
+    out = attn_ext.attention(*inputs)
+    assert torch.equal(actual, torch.autograd.grad(out.square().sum(), inputs[2])[0])
 
 
 def not_plain() -> dict[str, tuple[Tensor, ...]]:
@@ -755,7 +819,7 @@ def test_flags_need_not_be_bool(plain_calls: list[bool]) -> None:
     out = attn_ext.scaled_dot_product_attention(query, key, value, is_causal=1, enable_gqa="yes")  # type: ignore[arg-type]
     assert torch.equal(out, expected)
     with torch.no_grad():
-        weights = attention_and_weights(query, key, value, average="yes")[1]  # type: ignore[arg-type]
+        weights = attn_ext.attention_and_weights(query, key, value, average="yes")[1]  # type: ignore[arg-type]
     assert weights.dim() == 3
     assert all(plain_calls)
 

@@ -137,8 +137,8 @@ def plain_forward_and_weights(
     key_padding_mask: Tensor | None,
     causal: str | None,
     average: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """`forward` and `weights` at once, where `plain_forward` does something; else None."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(out, weights, lse) in one pass, where `plain_forward` does something; else None."""
     tensors = (query, key, value, attn_mask, key_padding_mask)
     mode = CAUSAL_MODES.index(causal)
     return _cpu.plain_forward_and_weights(*_settings(), *tensors, mode, average)
@@ -191,6 +191,11 @@ def backward(
 def weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
     """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
     return native.weights(_cpu, _settings(), problem, lse, average)
+
+
+def forward_and_weights(problem: Problem, average: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` and `weights` in one pass over the keys: (out, lse, weights)."""
+    return native.forward_and_weights(_cpu, _settings(), problem, average)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,12 +25,8 @@ def forward(
     kernels: Any, settings: tuple[Any, ...], problem: Problem, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns out (B, Hq, Lq, Dv) in query's dtype and memory order, and lse (B, Hq, Lq)."""
-    query = problem.query
-    out = empty_in_layout_of(query, problem.value.shape[3])
-    lse = None
-    if with_lse:
-        batch, heads, length, _ = query.shape
-        lse = torch.empty(batch, heads, length, dtype=problem.compute_dtype, device=query.device)
+    out = empty_in_layout_of(problem.query, problem.value.shape[3])
+    lse = _empty_lse(problem) if with_lse else None
     kernels.forward(*settings, *_arguments(problem), out, lse)
     return out, lse
 
@@ -62,13 +58,19 @@ def weights(
     kernels: Any, settings: tuple[Any, ...], problem: Problem, lse: Tensor, average: bool
 ) -> Tensor:
     """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
-    heads = 1 if average else problem.query_heads
-    shape = (problem.batch, heads, problem.query_length, problem.key_length)
-    result = torch.empty(shape, dtype=problem.query.dtype, device=problem.query.device)
-    if average and problem.query_heads == 0:
-        result.fill_(float("nan"))  # the mean of nothing
+    result = _empty_weights(problem, average)
     kernels.weights(*settings, *_arguments(problem), lse, result, average)
     return result.squeeze(1) if average else result
+
+
+def forward_and_weights(
+    kernels: Any, settings: tuple[Any, ...], problem: Problem, average: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` and `weights` at once: (out, lse, weights)."""
+    out, lse = empty_in_layout_of(problem.query, problem.value.shape[3]), _empty_lse(problem)
+    result = _empty_weights(problem, average)
+    kernels.forward_and_weights(*settings, *_arguments(problem), out, lse, result, average)
+    return out, lse, result.squeeze(1) if average else result
 
 
 def weights_backward(
@@ -115,6 +117,20 @@ def mask_gradient_of(problem: Problem) -> Tensor:
 def pairs(problem: Problem) -> tuple[int, int, int, int]:
     """The shape that has an entry for every query and key of every head."""
     return problem.batch, problem.query_heads, problem.query_length, problem.key_length
+
+
+def _empty_lse(problem: Problem) -> Tensor:
+    query = problem.query
+    return torch.empty(query.shape[:3], dtype=problem.compute_dtype, device=query.device)
+
+
+def _empty_weights(problem: Problem, average: bool) -> Tensor:
+    """Where a kernel writes weights, or their mean with one head; a mean of no heads is NaN."""
+    shape = pairs(problem)
+    if average:
+        shape = (shape[0], 1, *shape[2:])
+    result = torch.empty(shape, dtype=problem.query.dtype, device=problem.query.device)
+    return result.fill_(math.nan) if average and problem.query_heads == 0 else result
 
 
 def _arguments(problem: Problem) -> tuple[Problem, tuple[int, int] | None]:

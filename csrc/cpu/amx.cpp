@@ -14,7 +14,8 @@ namespace attn_ext {
 #ifdef ATTN_EXT_EMULATE_AMX
 const Kernels kAmxKernels = {"amx_emulated", [] { return kAvx512Bf16Kernels.available(); },
                              run_forward,    run_backward,
-                             run_weights,    run_linear};
+                             run_weights,    run_forward_weights,
+                             run_linear};
 #else
 namespace {
 // Linux gives the registers to processes that ask for them (its documentation, x86/xstate), since
@@ -35,6 +36,7 @@ const Kernels kAmxKernels = {"amx",
                              run_forward,
                              run_backward,
                              run_weights,
+                             run_forward_weights,
                              run_linear};
 #endif
 }  // namespace attn_ext

@@ -16,15 +16,34 @@
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks,
 // and of numbers in planes K too. Tested against backends/reference.py in tests/test_contract.py.
 
+// The weights of all of a block's tiles, for forward_weights.h: of each key of those that were
+// `seen`, shifted as `shifts` has it for their tile.
+template <typename Real>
+struct KeptWeights {
+  Real *weights = nullptr, *shifts = nullptr;
+  bool* seen = nullptr;
+
+  KeptWeights() = default;
+  KeptWeights(Arena& arena, const Problem& p) {
+    const int64_t tiles = (p.key_length + kKeys - 1) / kKeys;
+    weights = arena.take<Real>(tiles * kKeys * kRows<Real>);
+    shifts = arena.take<Real>(tiles * kRows<Real>);
+    seen = arena.take<bool>(tiles);
+  }
+};
+
 template <typename Real, typename Element>
 struct ForwardWorkspace {
   Element *queries, *keys, *values, *weights;
   Real *scores, *output, *keep, *max, *sum, *scale, *top;
   uint8_t* hidden;
+  KeptWeights<Real> kept;
+  Real* shifts = nullptr;  // of the tile, if weights are kept
 
-  ForwardWorkspace(Arena& arena, const Problem& p) {
+  ForwardWorkspace(Arena& arena, const Problem& p, bool keep_weights = false) {
     const int64_t tile = kKeys * kRows<Real>;
-    scores = arena.take<Real>(tile);
+    if (keep_weights) kept = KeptWeights<Real>(arena, p);
+    scores = keep_weights ? kept.weights : arena.take<Real>(tile);
     if constexpr (kInPlanes<Element>) {
       queries = arena.take<Element>(2 * padded<Real>(score_depth<Element>(p)) * kRows<Real>);
       keys = values = nullptr;
@@ -35,6 +54,7 @@ struct ForwardWorkspace {
       keys = arena.take<Element>(kKeys * padded<Real>(p.head_dim));
       values = arena.take<Element>(kKeys * padded<Real>(p.value_dim));
       weights = reinterpret_cast<Element*>(scores);
+      if (keep_weights && kDepth<Element> > 1) weights = arena.take<Element>(tile);
       output = arena.take<Real>(p.value_dim * kRows<Real>);
     }
     keep = arena.take<Real>(p.dropout_p > 0 ? tile : 0);
@@ -43,6 +63,16 @@ struct ForwardWorkspace {
     scale = arena.take<Real>(kRows<Real>);
     top = arena.take<Real>(kRows<Real>);
     hidden = arena.take<uint8_t>(tile);
+  }
+
+  // Before the tile that begins at `key`.
+  void go_to(int64_t key, TileKind kind) {
+    if (!kept.weights) return;
+    const int64_t tile = key / kKeys;
+    kept.seen[tile] = kind != TileKind::kSkip;
+    shifts = kept.shifts + tile * kRows<Real>;
+    scores = kept.weights + key * kRows<Real>;
+    if (kDepth<Element> == 1) weights = reinterpret_cast<Element*>(scores);
   }
 };
 
@@ -63,19 +93,22 @@ struct RunningSoftmax {
 };
 
 // `keys` scores of a vector of rows become weights, times `keep` if kKeep; all of them are at the
-// vector's first key. The sum of the weights is added to `total`.
-template <bool kKeep, typename Real, typename Element>
+// vector's first key. The sum of the weights is added to `total`. If kInPlace, weights that are
+// packed elsewhere take the scores' place, too.
+template <bool kKeep, bool kInPlace, typename Real, typename Element>
 inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real factor,
-                                                             Vec<Real> shift, const Real* s,
+                                                             Vec<Real> shift, Real* s,
                                                              const Real* keep, Element* weights,
                                                              Vec<Real>& total) {
   constexpr int64_t kStride = kRows<Real>;
   Vec<Real> sum = total;  // in a register, whatever `total` is
   const auto weight_of_key = [&](int64_t key) {
     const Vec<Real> x = load(s + key * kStride) * factor - shift;
-    const Vec<Real> weight = exp2_for<Element>(x);
+    Vec<Real> weight = exp2_for<Element>(x);
     sum += weight;
-    return kKeep ? weight * load(keep + key * kStride) : weight;
+    if (kKeep) weight *= load(keep + key * kStride);
+    if (kInPlace && kDepth<Element> > 1) store<Real>(s + key * kStride, weight);
+    return weight;
   };
   if constexpr (kDepth<Element> == 1) {
     for (int64_t j = 0; j < keys; ++j) store<Real>(weights + j * kStride, weight_of_key(j));
@@ -95,7 +128,7 @@ inline __attribute__((always_inline)) void scores_to_weights(int64_t keys, Real 
 
 // Turns scores into weights, times w.keep if kKeep; moves the running maximum and sum, and leaves
 // in w.scale what the output so far is to be multiplied with.
-template <bool kKeep, typename Real, typename Element>
+template <bool kKeep, bool kInPlace, typename Real, typename Element>
 void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& rows, int64_t keys,
                     Real factor) {
   for (int64_t lane = 0; lane < rows.vectors * kLanes<Real>; lane += kLanes<Real>) {
@@ -103,11 +136,12 @@ void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& ro
     const Vec<Real> top = load(w.top + lane) * factor;
     const Vec<Real> after = top > before + Real(kMaximumsLag) ? top : before;
     RunningSoftmax<Real> softmax(before, after, load(w.sum + lane));
-    scores_to_weights<kKeep>(keys, factor, softmax.shift, w.scores + lane, w.keep + lane,
-                             w.weights + lane, softmax.total);
+    scores_to_weights<kKeep, kInPlace>(keys, factor, softmax.shift, w.scores + lane, w.keep + lane,
+                                       w.weights + lane, softmax.total);
     store<Real>(w.max + lane, after);
     store<Real>(w.sum + lane, softmax.total);
     store<Real>(w.scale + lane, softmax.scale);
+    if (kInPlace) store<Real>(w.shifts + lane, softmax.shift);
   }
 }
 
@@ -158,12 +192,13 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   }
   if (careful) record_hidden(w.scores, keys, w.hidden);
   const int64_t whole = whole_keys(keys);
-  if (p.dropout_p > 0) {
-    dropout_factors(p, rows, key, keys, w.keep);
-    update_softmax<true>(w, rows, whole, factor);
-  } else {
-    update_softmax<false>(w, rows, whole, factor);
-  }
+  const bool dropout = p.dropout_p > 0;
+  if (dropout) dropout_factors(p, rows, key, keys, w.keep);
+  auto* const update = w.shifts  ? dropout ? update_softmax<true, true, Real, Element>
+                                           : update_softmax<false, true, Real, Element>
+                       : dropout ? update_softmax<true, false, Real, Element>
+                                 : update_softmax<false, false, Real, Element>;
+  update(w, rows, whole, factor);
 
   const Into<Real> output{w.output, kRows<Real>, false,       first && !careful ? nullptr : w.scale,
                           nullptr,  &ahead,      keys_pass(p)};
@@ -194,13 +229,14 @@ void clear_output(const Problem& p, const ForwardWorkspace<Real, Element>& w) {
 template <typename T, typename Real, typename Element>
 bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range, bool careful,
                   const typename PackedFor<T, Element>::Type& packed, const Ahead& after,
-                  const ForwardWorkspace<Real, Element>& w) {
+                  ForwardWorkspace<Real, Element> w) {
   AheadOfTiles<T> ahead(p, rows, range, after);
   bool any_edge = false, first = true;
   if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = range.tile(key);
     const TileKind kind = classify(p, rows, key, keys);
+    w.go_to(key, kind);
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;
     forward_tile<T>(p, rows, kind, key, keys, first, careful, packed, ahead.at(key), w);

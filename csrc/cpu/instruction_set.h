@@ -41,6 +41,8 @@ namespace {
 //
 #include "decode_weights.h"
 //
+#include "forward_weights.h"
+//
 #include "backward.h"
 //
 #include "decode_backward.h"
@@ -97,6 +99,21 @@ void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
       p, [&](auto t, auto real) { decode_weights<decltype(t), decltype(real)>(p, to, threads); },
       [&](auto t, auto real, auto element) {
         weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
+      });
+}
+void run_forward_weights(const Problem& p, const ForwardArguments& to,
+                         const WeightsArguments& weights_to, int threads) {
+#ifdef ATTN_EXT_BFLOAT16_PRODUCTS
+  if (left_to_avx512(p)) return kAvx512Kernels.forward_weights(p, to, weights_to, threads);
+#endif
+  with_types(
+      p,
+      [&](auto t, auto real) {
+        decode<decltype(t), decltype(real)>(p, to, threads);
+        decode_weights<decltype(t), decltype(real)>(p, weights_to, threads);
+      },
+      [&](auto t, auto real, auto element) {
+        forward_weights<decltype(t), decltype(real), decltype(element)>(p, to, weights_to, threads);
       });
 }
 void run_linear(const LinearArguments& arguments, int threads) {
