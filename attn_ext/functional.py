@@ -170,7 +170,8 @@ def attention_weights(
     Args:
         query, key: as in `attention`.
         lse: what `attention(..., return_lse=True)` gave for the same arguments, (B, Hq, Lq);
-            gradients flow into it. None computes it, which costs a second pass over the keys.
+            gradients flow into it. None computes it, which costs a second pass over the keys on
+            GPUs.
         average: return the mean over heads rather than each head's weights.
         seed: give both calls the same seed to see the weights that `attention` dropped.
 
@@ -207,12 +208,9 @@ def attention_weights(
     if problem.dropout_p > 0:
         problem.seed, problem.offset = _checked_seed(seed, generator), _checked_offset(offset)
     if lse is None:
-        # With dropout, on which the choice of a kernel depends.
-        _, lse = ops.attention(problem, backend)
-    else:
-        _check_lse(lse, problem)
-        lse = resolved(lse)
-    return ops.attention_weights(problem, lse, average, backend)
+        return ops.attention_and_weights(problem, average, backend)[1]
+    _check_lse(lse, problem)
+    return ops.attention_weights(problem, resolved(lse), average, backend)
 
 
 def attention_and_weights(

@@ -257,10 +257,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
-        if dout is None:
-            if dlse is None:
-                return (None,) * 8
-            dout = torch.zeros_like(out)
+        if dout is None and dlse is None:
+            return (None,) * 8
         problem = Problem(*tensors, *ctx.settings)
         mask_gradient = ctx.needs_input_grad[3]
         grads = _gradients(problem, ctx.module, out, lse, dout, dlse, mask_gradient)
@@ -297,8 +295,8 @@ class _AttentionAndWeights(torch.autograd.Function):
 
 def _prepare_weights(ctx: Any, weights: Tensor) -> None:
     """Of a function that returns them beside an output."""
-    query, key, _, mask, *_ = ctx.needs_input_grad
-    if not (query or key or mask):
+    query, key, _, *others = ctx.needs_input_grad
+    if not (query or key or any(others)):
         ctx.mark_non_differentiable(weights)
     ctx.set_materialize_grads(False)
 
@@ -381,7 +379,6 @@ def _gradients_of_both(
     given_lse = problem.replace(sinks=None)
     arguments = (lse, dweights, average, mask_gradient)
     of_query, of_key, of_mask, dlse = _weights_gradients(given_lse, cpu, *arguments)
-    dout = torch.zeros_like(out) if dout is None else dout
     query, key, value, mask, sinks = _gradients(problem, cpu, out, lse, dout, dlse, mask_gradient)
     return query + of_query, key + of_key, value, mask + of_mask if mask_gradient else None, sinks
 
@@ -397,11 +394,17 @@ def _gradients(
     module: Any,
     out: Tensor,
     lse: Tensor,
-    dout: Tensor,
+    dout: Tensor | None,
     dlse: Tensor | None,
     mask_gradient: bool,
 ) -> Any:
     """A backend's backward pass, differentiable in its turn where that is asked for."""
+    if dout is None:  # LSE does not know the values
+        narrow = problem.replace(value=problem.key[..., :0])
+        nothing = out.new_empty((*out.shape[:3], 0))
+        arguments = (nothing, lse, nothing, dlse, mask_gradient)
+        query, key, _, mask, sinks = _gradients(narrow, module, *arguments)
+        return query, key, torch.zeros_like(problem.value), mask, sinks
     dout, dlse = _in_memory(dout), None if dlse is None else _in_memory(dlse)
     if _needs_operators() or is_batched(dout) or (dlse is not None and is_batched(dlse)):
         saved = (out, lse, dout, dlse)

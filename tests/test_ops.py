@@ -718,6 +718,19 @@ def test_output_and_weights_are_those_of_separate_calls(name: str) -> None:
             torch.testing.assert_close(one, other, msg=lambda text, i=index: f"{i}: {text}")
 
 
+def test_weights_have_a_gradient_of_sinks_alone() -> None:
+    inputs = tensors(grad=False)
+    sinks = torch.randn(4, requires_grad=True)
+    grads = [
+        torch.autograd.grad(
+            attn_ext.attention_and_weights(*inputs, sinks=sinks, backend=backend)[1].norm(), sinks
+        )[0]
+        for backend in ("cpu", "reference")
+    ]
+    assert grads[0].any()
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("backend", [None, "cpu"])
 def test_weights_need_no_gradient_of_value_alone(backend: str | None) -> None:
     inputs = tensors(grad=False)
