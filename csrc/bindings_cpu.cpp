@@ -93,7 +93,7 @@ py::object plain_forward_and_weights(int index, int threads, py::handle query, p
   {
     const py::gil_scoped_release release;
     const attn_ext::WeightsArguments weights_to{to.lse, weights.view, average};
-    kernels(index).forward_weights(*p, to, weights_to, threads_for(threads, *p));
+    kernels(index).forward_and_weights(*p, to, weights_to, threads_for(threads, *p));
   }
   return py::make_tuple(std::move(out), std::move(weights.tensor), std::move(lse));
 }
@@ -113,7 +113,7 @@ py::object plain_self_attention(int index, int threads, py::handle tokens, py::h
     kernels(index).linear(module.in, threads_for(threads, module.in));
     if (weights) {
       const attn_ext::WeightsArguments to{module.attention.lse, weights->view, average};
-      kernels(index).forward_weights(p, module.attention, to, threads_for(threads, p));
+      kernels(index).forward_and_weights(p, module.attention, to, threads_for(threads, p));
     } else {
       kernels(index).forward(p, module.attention, threads_for(threads, p));
     }
@@ -149,7 +149,7 @@ void forward_and_weights(int index, int threads, py::handle problem, py::handle 
   const attn_ext::ForwardArguments to{as_view(out), as_view(lse)};
   const attn_ext::WeightsArguments weights_to{to.lse, as_view(weights), average};
   const py::gil_scoped_release release;
-  kernels(index).forward_weights(p.native, to, weights_to, threads_for(threads, p.native));
+  kernels(index).forward_and_weights(p.native, to, weights_to, threads_for(threads, p.native));
 }
 
 void linear(int index, int threads, int64_t rows, py::handle input, py::handle weight,

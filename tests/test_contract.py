@@ -475,6 +475,23 @@ def test_rows_without_keys(forbidding: bool | float, backend: str) -> None:
     assert all((x[:, [3, 48, 96]] == 0).all() for x in (weights, both[1]))
 
 
+def test_rows_that_see_low_scores_late(backend: str) -> None:
+    """Maxima are -inf at first, then so low that what takes weights from one to the other overflows."""
+    inputs = make_inputs(Case("", lambda s: {}, Sizes(1, 2, 2, 50, 300, 8, 8)), torch.float32)
+    mask = torch.full((50, 300), -4000.0)
+    mask[:, :260] = -math.inf
+    mask[3], mask[5], mask[7, 270] = -math.inf, 0.0, 4000.0
+
+    def results(dtype: torch.dtype, backend: str) -> Sequence[Tensor]:
+        tensors = [x.detach().to(dtype) for x in (inputs.query, inputs.key, inputs.value)]
+        options = {"attn_mask": mask.to(dtype), "average": False, "backend": backend}
+        return attn_ext.attention_and_weights(*tensors, **options)
+
+    ours, exact = results(torch.float32, backend), results(torch.float64, "reference")
+    for x, y in zip(ours, exact, strict=True):
+        assert error(x, y) < 1e-3
+
+
 @pytest.fixture
 def uninitialized_memory_is_nan() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

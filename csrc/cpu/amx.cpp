@@ -14,7 +14,7 @@ namespace attn_ext {
 #ifdef ATTN_EXT_EMULATE_AMX
 const Kernels kAmxKernels = {"amx_emulated", [] { return kAvx512Bf16Kernels.available(); },
                              run_forward,    run_backward,
-                             run_weights,    run_forward_weights,
+                             run_weights,    run_forward_and_weights,
                              run_linear};
 #else
 namespace {
@@ -36,7 +36,7 @@ const Kernels kAmxKernels = {"amx",
                              run_forward,
                              run_backward,
                              run_weights,
-                             run_forward_weights,
+                             run_forward_and_weights,
                              run_linear};
 #endif
 }  // namespace attn_ext

@@ -16,7 +16,7 @@ const Kernels kAvx2Kernels = {"avx2",
                               run_forward,
                               run_backward,
                               run_weights,
-                              run_forward_weights,
+                              run_forward_and_weights,
                               run_linear};
 }  // namespace attn_ext
 #endif

@@ -17,7 +17,7 @@ const Kernels kAvx512Kernels = {
     run_forward,
     run_backward,
     run_weights,
-    run_forward_weights,
+    run_forward_and_weights,
     run_linear};
 }  // namespace attn_ext
 #endif

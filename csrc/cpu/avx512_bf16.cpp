@@ -15,7 +15,7 @@ const Kernels kAvx512Bf16Kernels = {
     run_forward,
     run_backward,
     run_weights,
-    run_forward_weights,
+    run_forward_and_weights,
     run_linear};
 }  // namespace attn_ext
 #endif

@@ -16,18 +16,18 @@
 // products P is rounded to bfloat16, l sums what it was before; V^T is packed once for all blocks,
 // and of numbers in planes K too. Tested against backends/reference.py in tests/test_contract.py.
 
-// The weights of all of a block's tiles, for forward_weights.h: of each key of those that were
-// `seen`, shifted as `shifts` has it for their tile.
+// The weights of all of a block's tiles, for forward_and_weights.h: of each key of those that were
+// `seen`, shifted by what their rows' maxima were then.
 template <typename Real>
 struct KeptWeights {
-  Real *weights = nullptr, *shifts = nullptr;
+  Real *weights = nullptr, *maxima = nullptr;
   bool* seen = nullptr;
 
   KeptWeights() = default;
   KeptWeights(Arena& arena, const Problem& p) {
     const int64_t tiles = (p.key_length + kKeys - 1) / kKeys;
     weights = arena.take<Real>(tiles * kKeys * kRows<Real>);
-    shifts = arena.take<Real>(tiles * kRows<Real>);
+    maxima = arena.take<Real>(tiles * kRows<Real>);
     seen = arena.take<bool>(tiles);
   }
 };
@@ -38,7 +38,7 @@ struct ForwardWorkspace {
   Real *scores, *output, *keep, *max, *sum, *scale, *top;
   uint8_t* hidden;
   KeptWeights<Real> kept;
-  Real* shifts = nullptr;  // of the tile, if weights are kept
+  Real* maxima = nullptr;  // of the tile, if weights are kept
 
   ForwardWorkspace(Arena& arena, const Problem& p, bool keep_weights = false) {
     const int64_t tile = kKeys * kRows<Real>;
@@ -70,7 +70,7 @@ struct ForwardWorkspace {
     if (!kept.weights) return;
     const int64_t tile = key / kKeys;
     kept.seen[tile] = kind != TileKind::kSkip;
-    shifts = kept.shifts + tile * kRows<Real>;
+    maxima = kept.maxima + tile * kRows<Real>;
     scores = kept.weights + key * kRows<Real>;
     if (kDepth<Element> == 1) weights = reinterpret_cast<Element*>(scores);
   }
@@ -141,7 +141,7 @@ void update_softmax(const ForwardWorkspace<Real, Element>& w, const RowBlock& ro
     store<Real>(w.max + lane, after);
     store<Real>(w.sum + lane, softmax.total);
     store<Real>(w.scale + lane, softmax.scale);
-    if (kInPlace) store<Real>(w.shifts + lane, softmax.shift);
+    if (kInPlace) store<Real>(w.maxima + lane, after);
   }
 }
 
@@ -194,11 +194,13 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   const int64_t whole = whole_keys(keys);
   const bool dropout = p.dropout_p > 0;
   if (dropout) dropout_factors(p, rows, key, keys, w.keep);
-  auto* const update = w.shifts  ? dropout ? update_softmax<true, true, Real, Element>
-                                           : update_softmax<false, true, Real, Element>
-                       : dropout ? update_softmax<true, false, Real, Element>
-                                 : update_softmax<false, false, Real, Element>;
-  update(w, rows, whole, factor);
+  if (w.maxima) {
+    dropout ? update_softmax<true, true>(w, rows, whole, factor)
+            : update_softmax<false, true>(w, rows, whole, factor);
+  } else {
+    dropout ? update_softmax<true, false>(w, rows, whole, factor)
+            : update_softmax<false, false>(w, rows, whole, factor);
+  }
 
   const Into<Real> output{w.output, kRows<Real>, false,       first && !careful ? nullptr : w.scale,
                           nullptr,  &ahead,      keys_pass(p)};

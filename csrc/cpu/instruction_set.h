@@ -41,7 +41,7 @@ namespace {
 //
 #include "decode_weights.h"
 //
-#include "forward_weights.h"
+#include "forward_and_weights.h"
 //
 #include "backward.h"
 //
@@ -101,10 +101,10 @@ void run_weights(const Problem& p, const WeightsArguments& to, int threads) {
         weights<decltype(t), decltype(real), decltype(element)>(p, to, threads);
       });
 }
-void run_forward_weights(const Problem& p, const ForwardArguments& to,
-                         const WeightsArguments& weights_to, int threads) {
+void run_forward_and_weights(const Problem& p, const ForwardArguments& to,
+                             const WeightsArguments& weights_to, int threads) {
 #ifdef ATTN_EXT_BFLOAT16_PRODUCTS
-  if (left_to_avx512(p)) return kAvx512Kernels.forward_weights(p, to, weights_to, threads);
+  if (left_to_avx512(p)) return kAvx512Kernels.forward_and_weights(p, to, weights_to, threads);
 #endif
   with_types(
       p,
@@ -113,7 +113,8 @@ void run_forward_weights(const Problem& p, const ForwardArguments& to,
         decode_weights<decltype(t), decltype(real)>(p, weights_to, threads);
       },
       [&](auto t, auto real, auto element) {
-        forward_weights<decltype(t), decltype(real), decltype(element)>(p, to, weights_to, threads);
+        forward_and_weights<decltype(t), decltype(real), decltype(element)>(p, to, weights_to,
+                                                                            threads);
       });
 }
 void run_linear(const LinearArguments& arguments, int threads) {

@@ -13,8 +13,8 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardArguments&, int threads);
   void (*backward)(const Problem&, const BackwardArguments&, int threads);
   void (*weights)(const Problem&, const WeightsArguments&, int threads);
-  void (*forward_weights)(const Problem&, const ForwardArguments&, const WeightsArguments&,
-                          int threads);
+  void (*forward_and_weights)(const Problem&, const ForwardArguments&, const WeightsArguments&,
+                              int threads);
   void (*linear)(const LinearArguments&, int threads);
 };
 

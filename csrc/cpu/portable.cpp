@@ -5,6 +5,6 @@
 #include "instruction_set.h"
 
 namespace attn_ext {
-const Kernels kPortableKernels = {"portable",  [] { return true; }, run_forward, run_backward,
-                                  run_weights, run_forward_weights, run_linear};
+const Kernels kPortableKernels = {"portable",  [] { return true; },     run_forward, run_backward,
+                                  run_weights, run_forward_and_weights, run_linear};
 }  // namespace attn_ext

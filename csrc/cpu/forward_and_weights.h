@@ -2,18 +2,18 @@
 // after the other, would multiply the scores and take their exponentials twice.
 //
 // One work item is a block of query rows, of all heads for the mean over heads, else of one. A
-// head's weights, each tile's shifted by the maximum that its rows had then, stay in the second
-// cache until the softmax is complete:
-//     total += P exp2(shift - m) / l
+// head's weights, each tile's shifted by the maxima m that its rows had then, stay in the second
+// cache until the softmax is complete, with a maximum of m':
+//     total += P exp2(m - m') / l
 // Tested against backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
-struct ForwardWeightsWorkspace {
+struct ForwardAndWeightsWorkspace {
   ForwardWorkspace<Real, Element> forward;
   WeightsWorkspace<Real, Element> weights;
   Real* total;
 
-  ForwardWeightsWorkspace(Arena& arena, const Problem& p, int64_t heads)
+  ForwardAndWeightsWorkspace(Arena& arena, const Problem& p, int64_t heads)
       : forward(arena, p, true), weights(arena, p, heads) {
     total = arena.take<Real>(p.key_length * kRows<Real>);
   }
@@ -34,7 +34,7 @@ bool softmax_is_finite(const RowBlock& rows, const ForwardWorkspace<Real, Elemen
 template <typename Real, typename Element>
 void add_kept_tile(const RowBlock& rows, int64_t key, int64_t keys, bool first,
                    const ForwardWorkspace<Real, Element>& w, Real* total) {
-  const Real* shifts = w.kept.shifts + key / kKeys * kRows<Real>;
+  const Real* maxima = w.kept.maxima + key / kKeys * kRows<Real>;
   const Real* from = w.kept.weights + key * kRows<Real>;
   Vec<Real> share[kBlockVectors];
   for (int64_t v = 0; v < rows.vectors; ++v) {
@@ -42,7 +42,8 @@ void add_kept_tile(const RowBlock& rows, int64_t key, int64_t keys, bool first,
     const Vec<Real> max = load(w.max + lane), sum = load(w.sum + lane);
     const Vec<Real> shift = max == -kInfinity<Real> ? Vec<Real>{} : max;
     const Vec<Real> unit = sum == Real(0) ? broadcast(Real(1)) : sum;
-    share[v] = exp2<Real>(load(shifts + lane) - shift) / unit;
+    // 0 for a row that had seen nothing yet, whose maximum was -inf.
+    share[v] = exp2<Real>(load(maxima + lane) - shift) / unit;
   }
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
@@ -68,11 +69,11 @@ void add_kept_weights(const Problem& p, const RowBlock& rows, const KeyRange& ra
 }
 
 template <typename T, typename Real, typename Element>
-void forward_weights_block(const Problem& p, const ForwardArguments& to,
-                           const WeightsArguments& weights_to, int64_t batch, int64_t first_head,
-                           int64_t heads, int64_t block,
-                           const typename PackedFor<T, Element>::Type& packed,
-                           const ForwardWeightsWorkspace<Real, Element>& w) {
+void forward_and_weights_block(const Problem& p, const ForwardArguments& to,
+                               const WeightsArguments& weights_to, int64_t batch,
+                               int64_t first_head, int64_t heads, int64_t block,
+                               const typename PackedFor<T, Element>::Type& packed,
+                               const ForwardAndWeightsWorkspace<Real, Element>& w) {
   bool finite = true;
   RowBlock rows = RowBlock::make<Real>(p, batch, first_head, block);
   const KeyRange range(p, rows);
@@ -114,8 +115,8 @@ bool suits_one_pass(const Problem& p, bool average, int threads) {
 }
 
 template <typename T, typename Real, typename Element>
-void forward_weights(const Problem& p, const ForwardArguments& to,
-                     const WeightsArguments& weights_to, int threads) {
+void forward_and_weights(const Problem& p, const ForwardArguments& to,
+                         const WeightsArguments& weights_to, int threads) {
   if (!suits_one_pass<Real>(p, weights_to.average, threads)) {
     forward<T, Real, Element>(p, to, threads);
     return weights<T, Real, Element>(p, weights_to, threads);
@@ -126,7 +127,7 @@ void forward_weights(const Problem& p, const ForwardArguments& to,
   const int64_t items = groups * blocks;
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const auto packed = pack_for_forward<T, Element>(p, blocks);
-  using Workspace = ForwardWeightsWorkspace<Real, Element>;
+  using Workspace = ForwardAndWeightsWorkspace<Real, Element>;
   const PerThread<Workspace> workspaces(threads, p, heads);
   run_parallel(threads, [&] {
     const TileConfiguration tiles;
@@ -135,8 +136,8 @@ void forward_weights(const Problem& p, const ForwardArguments& to,
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       const int64_t group = item % groups, block = blocks - 1 - item / groups;
-      forward_weights_block<T>(p, to, weights_to, group / per_batch, group % per_batch * heads,
-                               heads, block, packed, w);
+      forward_and_weights_block<T>(p, to, weights_to, group / per_batch, group % per_batch * heads,
+                                   heads, block, packed, w);
     }
   });
 }
