@@ -312,10 +312,10 @@ void merge_parts(const Problem& p, const RowBlock& rows, const ForwardWorkspace<
 }
 
 // How many parts the keys of an item are split into, so that there are `wanted` of them; a part has
-// at least 4 tiles.
-inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted) {
+// at least so many tiles.
+inline int64_t key_parts(const Problem& p, int64_t items, int64_t wanted, int64_t least_tiles = 4) {
   if (items == 0 || items >= wanted) return 1;
-  const int64_t most = std::max<int64_t>(1, p.key_length / (4 * kKeys));
+  const int64_t most = std::max<int64_t>(1, p.key_length / (least_tiles * kKeys));
   return std::min(most, (wanted + items - 1) / items);
 }
 

@@ -93,7 +93,8 @@ void forward_and_weights_block(const Problem& p, const ForwardArguments& to,
   }
   // What is not a number is for the rows and keys that saw it alone to have.
   if (!finite) {
-    return weights_block<T>(p, weights_to, batch, first_head, heads, block, w.weights);
+    const KeyRange all(0, p.key_length);
+    return weights_block<T>(p, weights_to, batch, first_head, heads, block, all, w.weights);
   }
   const Real share = Real(1) / static_cast<Real>(heads);
   T* out = at<T>(weights_to.weights, batch, first_head, rows.first);

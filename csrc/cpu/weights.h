@@ -2,7 +2,8 @@
 //
 // For the mean over heads, one work item is a block of query rows of all heads: it sums the heads'
 // tiles before it writes them, so (B, Hq, Lq, Lk) never exists. Else an item is a block of one
-// head. Tested against backends/reference.py in tests/test_contract.py.
+// head. Where there are fewer items than threads, an item's keys are split. Tested against
+// backends/reference.py in tests/test_contract.py.
 
 template <typename Real, typename Element>
 struct WeightsWorkspace {
@@ -73,7 +74,8 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
 
 template <typename T, typename Real, typename Element>
 void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, int64_t first_head,
-                   int64_t heads, int64_t block, const WeightsWorkspace<Real, Element>& w) {
+                   int64_t heads, int64_t block, const KeyRange& range,
+                   const WeightsWorkspace<Real, Element>& w) {
   const int64_t packed = p.head_dim * kRows<Real>;
   RowBlock rows{};
   for (int64_t h = 0; h < heads; ++h) {
@@ -82,8 +84,8 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
     load_lse(to.lse, rows, w.lse + h * 2 * kRows<Real>);
   }
   const Real share = Real(1) / static_cast<Real>(heads);
-  for (int64_t key = 0; key < p.key_length; key += kKeys) {
-    const int64_t keys = std::min(kKeys, p.key_length - key);
+  for (int64_t key = range.first; key < range.end; key += kKeys) {
+    const int64_t keys = range.tile(key);
     std::fill(w.total, w.total + keys * kRows<Real>, Real(0));
     for (int64_t h = 0; h < heads; ++h) {
       const RowBlock head = RowBlock::make<Real>(p, batch, first_head + h, block);
@@ -101,7 +103,9 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
   const int64_t blocks = RowBlock::blocks_a_head<Real>(p);
   const int64_t heads = to.average ? p.query_heads : 1;
   const int64_t groups = p.query_heads == 0 ? 0 : p.batch * (p.query_heads / heads);
-  const int64_t items = groups * blocks;
+  const int64_t parts = key_parts(p, groups * blocks, threads, 1);
+  const int64_t items = groups * blocks * parts;
+  const KeyRange all(0, p.key_length);
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const PerThread<WeightsWorkspace<Real, Element>> workspaces(threads, p, heads);
   run_parallel(threads, [&] {
@@ -110,10 +114,10 @@ void weights(const Problem& p, const WeightsArguments& to, int threads) {
         workspaces.make(omp_get_thread_num(), p, heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
-      const int64_t group = item % groups, block = blocks - 1 - item / groups;
+      const int64_t group = item / parts % groups, block = blocks - 1 - item / parts / groups;
       const int64_t per_batch = p.query_heads / heads;
       weights_block<T>(p, to, group / per_batch, group % per_batch * heads, heads, block,
-                       workspace);
+                       all.part(item % parts, parts), workspace);
     }
   });
 }

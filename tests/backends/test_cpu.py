@@ -453,6 +453,27 @@ def test_without_query_heads(query_length: int) -> None:
 
 
 @pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(("threads", "key_length"), [(1, 700), (40, 700), (1, 8193)])
+def test_output_and_weights_in_one_pass_or_two(
+    threads: int, key_length: int, average: bool
+) -> None:
+    """Two where there are blocks for too few threads, which then share keys, and where keys are many."""
+    query = torch.randn(1, 4, 100, 32)
+    key, value = (torch.randn(1, 4, key_length, 32) for _ in range(2))
+    options = {"causal": "lower_right", "average": average}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = attn_ext.attention_and_weights(query, key, value, **options)
+    finally:
+        torch.set_num_threads(before)
+    tensors = (x.double() for x in (query, key, value))
+    expected = attn_ext.attention_and_weights(*tensors, **options, backend="reference")
+    for one, exact in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_few_rows_from_parts_of_the_keys(dtype: torch.dtype, average: bool) -> None:
     """Of the output, of LSE and of the weights, also with masks that heads or keys share; and the weights."""
