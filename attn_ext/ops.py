@@ -155,7 +155,10 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, backend: str
 def attention_and_weights(
     problem: Problem, average: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Output and weights of a problem, by one pass where its backend has that."""
+    """Output and weights of a problem, by one pass where its backend has that.
+
+    Two operators where these are traced: a compiler drops the weights if nothing uses them.
+    """
     traced = _is_traced(problem)
     if not (traced or backend == "reference" or _needs_forward_mode(problem, traced)):
         module = dispatch.select(problem, backend)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import compiled_backward
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -290,6 +292,24 @@ def test_nothing_of_length_by_length() -> None:
     with Sizes() as traced:
         attn_ext.attention_weights(query, key)
     assert traced.largest == length * length
+
+
+def test_compilers_drop_weights_that_nothing_uses() -> None:
+    targets: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def output(*inputs: Tensor) -> Tensor:
+        return attn_ext.attention_and_weights(*inputs)[0]
+
+    inputs = tensors()
+    out = torch.compile(output, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(*inputs)
+    out.sum().backward()
+    assert "attn_ext.attention.default" in targets
+    assert "attn_ext.attention_backward.default" in targets
+    assert not any("weights" in target for target in targets)
 
 
 def test_an_operator_is_what_a_dispatch_mode_sees() -> None:
