@@ -170,8 +170,7 @@ def attention_weights(
     Args:
         query, key: as in `attention`.
         lse: what `attention(..., return_lse=True)` gave for the same arguments, (B, Hq, Lq);
-            gradients flow into it. None computes it, which costs a second pass over the keys on
-            GPUs.
+            gradients flow into it. None computes it, as `attention_and_weights` does.
         average: return the mean over heads rather than each head's weights.
         seed: give both calls the same seed to see the weights that `attention` dropped.
 
@@ -237,9 +236,9 @@ def attention_and_weights(
 ) -> tuple[Tensor, Tensor]:
     """`attention` and the weights that it used, after dropout.
 
-    On CPUs one pass over the keys makes both, if these are no more than 8192: the mean over heads
-    then costs little more than the output alone. Elsewhere it is `attention` and then
-    `attention_weights`.
+    On CPUs one pass over the keys makes both, unless queries are few, as in decoding, or keys more
+    than 8192: the mean over heads then costs little more than the output alone. Elsewhere it is
+    `attention` and then `attention_weights`.
 
     Args:
         average: return the mean over heads rather than each head's weights.
