@@ -377,6 +377,7 @@ def _gradients_of_both(
             return (None,) * 5
         return tuple(_gradients(problem, cpu, out, lse, dout, None, mask_gradient))
     if torch.is_grad_enabled():
+        _check_unpacked(problem, lse, out=out)
         # LSE, which the weights are a function of, is one of query, key and mask in its turn.
         out, lse = attention(problem, "cpu")
     given_lse = problem.replace(sinks=None)

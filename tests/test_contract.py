@@ -492,6 +492,23 @@ def test_rows_that_see_low_scores_late(backend: str) -> None:
         assert error(x, y) < 1e-3
 
 
+@pytest.mark.parametrize("keys", [1, 3, 129])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_low_scores_of_an_odd_number_of_keys(dtype: str, keys: int, backend: str) -> None:
+    """A key that fills up a pair has a product of 0, which is more than any of these."""
+    query = torch.ones(1, 1, 40, 16, dtype=DTYPES[dtype])
+    key, value = (
+        -30 * torch.ones(1, 1, keys, 16, dtype=DTYPES[dtype]),
+        torch.ones_like(query[:, :, :1]),
+    )
+    value = value.expand(1, 1, keys, 16)
+    out, lse = attn_ext.attention(query, key, value, return_lse=True, backend=backend)
+    weights = attn_ext.attention_weights(query, key, backend=backend)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0.01, atol=0)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(keys) - 120), rtol=1e-3, atol=0)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / keys), rtol=0.01, atol=0)
+
+
 @pytest.fixture
 def uninitialized_memory_is_nan() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

@@ -588,7 +588,9 @@ def test_hooks_that_give_back_something_else(name: str, pack: Callable[[Tensor],
             "both, checked": lambda: attn_ext.attention_and_weights(*inputs, backend="cpu")[1],
         }[name]()
     with pytest.raises(ValueError, match="saved_tensors_hooks must give back what was saved"):
-        out.square().sum().backward()
+        torch.autograd.grad(out.square().sum(), inputs[0], retain_graph=True)
+    with pytest.raises(ValueError, match="saved_tensors_hooks must give back what was saved"):
+        torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
 
 
 @needs_plain_calls
@@ -736,6 +738,30 @@ def test_output_and_weights_are_those_of_separate_calls(name: str) -> None:
             assert one is None or not one.any(), index
         else:
             torch.testing.assert_close(one, other, msg=lambda text, i=index: f"{i}: {text}")
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_hooks_that_give_back_a_longer_value(backend: str | None, create_graph: bool) -> None:
+    """The kernels would read as many keys."""
+    inputs = tensors()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x[:, :, :1].expand(-1, -1, 900, -1) if x.shape[-1] == 6 and x.dim() == 4 else x,
+        lambda x: x,
+    ):
+        both = attn_ext.attention_and_weights(*inputs, backend=backend)
+    loss = both[0].sum() + both[1].square().sum()
+    with pytest.raises(ValueError, match="saved_tensors_hooks must give back what was saved"):
+        torch.autograd.grad(loss, inputs[0], create_graph=create_graph)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "cpu"}, {"dropout_p": 0.5}])
+def test_weights_may_be_changed_in_place(options: dict[str, Any]) -> None:
+    inputs = tensors()
+    _, weights = attn_ext.attention_and_weights(*inputs, seed=1, **options)
+    expected = torch.autograd.grad(weights.square().sum() * 4, inputs[0], retain_graph=True)
+    actual = torch.autograd.grad(weights.mul_(2).square().sum(), inputs[0])
+    torch.testing.assert_close(actual, expected)
 
 
 def test_weights_have_a_gradient_of_sinks_alone() -> None:

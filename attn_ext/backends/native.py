@@ -59,8 +59,9 @@ def weights(
 ) -> Tensor:
     """The weights after dropout, (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk)."""
     result = _empty_weights(problem, average)
-    kernels.weights(*settings, *_arguments(problem), lse, result, average)
-    return result.squeeze(1) if average else result
+    per_head = result.unsqueeze(1) if average else result
+    kernels.weights(*settings, *_arguments(problem), lse, per_head, average)
+    return result
 
 
 def forward_and_weights(
@@ -69,8 +70,9 @@ def forward_and_weights(
     """`forward` and `weights` at once: (out, lse, weights)."""
     out, lse = empty_in_layout_of(problem.query, problem.value.shape[3]), _empty_lse(problem)
     result = _empty_weights(problem, average)
-    kernels.forward_and_weights(*settings, *_arguments(problem), out, lse, result, average)
-    return out, lse, result.squeeze(1) if average else result
+    per_head = result.unsqueeze(1) if average else result
+    kernels.forward_and_weights(*settings, *_arguments(problem), out, lse, per_head, average)
+    return out, lse, result
 
 
 def weights_backward(
@@ -125,10 +127,10 @@ def _empty_lse(problem: Problem) -> Tensor:
 
 
 def _empty_weights(problem: Problem, average: bool) -> Tensor:
-    """Where a kernel writes weights, or their mean with one head; a mean of no heads is NaN."""
-    shape = pairs(problem)
-    if average:
-        shape = (shape[0], 1, *shape[2:])
+    """Where a kernel writes weights or their mean, as a tensor of its own, which may be changed in
+    place where autograd returns it; a mean of no heads is NaN."""
+    batch, heads, rows, columns = pairs(problem)
+    shape = (batch, rows, columns) if average else (batch, heads, rows, columns)
     result = torch.empty(shape, dtype=problem.query.dtype, device=problem.query.device)
     return result.fill_(math.nan) if average and problem.query_heads == 0 else result
 

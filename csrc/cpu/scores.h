@@ -308,7 +308,8 @@ Real scores_of_products(const Problem& p, const RowBlock& rows, TileKind kind, i
   if (top) std::fill(top, top + kRows<Real>, -kInfinity<Real>);
   ahead.add(next_entries<Real>(p, rows, key + keys, keys));
   const int64_t whole = whole_keys(keys);
-  Real* top_of_products = kProductsFindMaxima ? top : nullptr;
+  // Products of what is missing are 0, which may be more than any score.
+  Real* top_of_products = kProductsFindMaxima && whole == keys ? top : nullptr;
   multiply_into(whole, Into<Real>{s, kRows<Real>, false, nullptr, top_of_products, &ahead});
   const Real factor = finish_scores(p, rows, kind, key, keys, s, top_of_products, slope);
   if (top != top_of_products) find_maxima(rows, keys, s, top);
