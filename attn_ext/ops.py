@@ -379,7 +379,7 @@ def _gradients_of_both(
     if torch.is_grad_enabled():
         _check_unpacked(problem, lse, out=out)
         # LSE, which the weights are a function of, is one of query, key and mask in its turn.
-        out, lse = attention(problem, "cpu")
+        _, lse = attention(problem, "cpu")
     given_lse = problem.replace(sinks=None)
     arguments = (lse, dweights, average, mask_gradient)
     of_query, of_key, of_mask, dlse = _weights_gradients(given_lse, cpu, *arguments)

@@ -497,11 +497,8 @@ def test_rows_that_see_low_scores_late(backend: str) -> None:
 def test_low_scores_of_an_odd_number_of_keys(dtype: str, keys: int, backend: str) -> None:
     """A key that fills up a pair has a product of 0, which is more than any of these."""
     query = torch.ones(1, 1, 40, 16, dtype=DTYPES[dtype])
-    key, value = (
-        -30 * torch.ones(1, 1, keys, 16, dtype=DTYPES[dtype]),
-        torch.ones_like(query[:, :, :1]),
-    )
-    value = value.expand(1, 1, keys, 16)
+    key = torch.full((1, 1, keys, 16), -30.0, dtype=DTYPES[dtype])
+    value = torch.ones_like(key)
     out, lse = attn_ext.attention(query, key, value, return_lse=True, backend=backend)
     weights = attn_ext.attention_weights(query, key, backend=backend)
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0.01, atol=0)

@@ -195,8 +195,9 @@ void forward_tile(const Problem& p, const RowBlock& rows, TileKind kind, int64_t
   const bool dropout = p.dropout_p > 0;
   if (dropout) dropout_factors(p, rows, key, keys, w.keep);
   if (w.maxima) {
-    dropout ? update_softmax<true, true>(w, rows, whole, factor)
-            : update_softmax<false, true>(w, rows, whole, factor);
+    constexpr bool kInPlace = !kInPlanes<Element>;  // of planes none are kept
+    dropout ? update_softmax<true, kInPlace>(w, rows, whole, factor)
+            : update_softmax<false, kInPlace>(w, rows, whole, factor);
   } else {
     dropout ? update_softmax<true, false>(w, rows, whole, factor)
             : update_softmax<false, false>(w, rows, whole, factor);

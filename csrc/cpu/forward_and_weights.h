@@ -2,8 +2,8 @@
 // after the other, would multiply the scores and take their exponentials twice.
 //
 // One work item is a block of query rows, of all heads for the mean over heads, else of one. A
-// head's weights, each tile's shifted by the maxima m that its rows had then, stay in the second
-// cache until the softmax is complete, with a maximum of m':
+// head's weights, each tile's shifted by the maxima m that its rows had then, stay in a cache until
+// the softmax is complete, with a maximum of m':
 //     total += P exp2(m - m') / l
 // Tested against backends/reference.py in tests/test_contract.py.
 
@@ -39,11 +39,9 @@ void add_kept_tile(const RowBlock& rows, int64_t key, int64_t keys, bool first,
   Vec<Real> share[kBlockVectors];
   for (int64_t v = 0; v < rows.vectors; ++v) {
     const int64_t lane = v * kLanes<Real>;
-    const Vec<Real> max = load(w.max + lane), sum = load(w.sum + lane);
-    const Vec<Real> shift = max == -kInfinity<Real> ? Vec<Real>{} : max;
-    const Vec<Real> unit = sum == Real(0) ? broadcast(Real(1)) : sum;
-    // 0 for a row that had seen nothing yet, whose maximum was -inf.
-    share[v] = exp2<Real>(load(maxima + lane) - shift) / unit;
+    const Vec<Real> sum = load(w.sum + lane);
+    const RunningSoftmax<Real> softmax(load(maxima + lane), load(w.max + lane), sum);
+    share[v] = softmax.scale / (sum == Real(0) ? broadcast(Real(1)) : sum);
   }
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t v = 0; v < rows.vectors; ++v) {
@@ -96,16 +94,13 @@ void forward_and_weights_block(const Problem& p, const ForwardArguments& to,
     const KeyRange all(0, p.key_length);
     return weights_block<T>(p, weights_to, batch, first_head, heads, block, all, w.weights);
   }
-  const Real share = Real(1) / static_cast<Real>(heads);
-  T* out = at<T>(weights_to.weights, batch, first_head, rows.first);
-  for_each_row(w.total, p.key_length, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
-    store_some(out + i * weights_to.weights.stride[2] + j, x * share, count);
-  });
+  write_weights<T>(weights_to, rows, first_head, heads, 0, p.key_length, w.total);
 }
 
-// Whether one pass is the faster way: where a block's weights stay in a cache, where there are
-// blocks for more than half of the threads, which otherwise had heads of a block each, and where
-// heads that share keys don't share blocks.
+// Whether one pass is the faster way: where a block's weights stay in a cache (two blocks of
+// all keys for each thread); where there are items for more than half of the threads,
+// as two passes take half as long again but have an item for every head or part of the keys; and
+// where heads that share keys don't share blocks.
 template <typename Real>
 bool suits_one_pass(const Problem& p, bool average, int threads) {
   constexpr int64_t kMostKeys = 8192;

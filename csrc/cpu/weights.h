@@ -72,6 +72,17 @@ void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t ke
   }
 }
 
+// The mean of `heads` heads from `first_head` on, whose sum is total[key][row].
+template <typename T, typename Real>
+void write_weights(const WeightsArguments& to, const RowBlock& rows, int64_t first_head,
+                   int64_t heads, int64_t key, int64_t keys, const Real* total) {
+  const Real share = Real(1) / static_cast<Real>(heads);
+  T* out = at<T>(to.weights, rows.batch, first_head, rows.first, key);
+  for_each_row(total, keys, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
+    store_some(out + i * to.weights.stride[2] + j, x * share, count);
+  });
+}
+
 template <typename T, typename Real, typename Element>
 void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, int64_t first_head,
                    int64_t heads, int64_t block, const KeyRange& range,
@@ -83,7 +94,6 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
     pack_transposed<T>(p.query, rows, p.head_dim, query_factor<Real>(p), w.queries + h * packed);
     load_lse(to.lse, rows, w.lse + h * 2 * kRows<Real>);
   }
-  const Real share = Real(1) / static_cast<Real>(heads);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = range.tile(key);
     std::fill(w.total, w.total + keys * kRows<Real>, Real(0));
@@ -91,10 +101,7 @@ void weights_block(const Problem& p, const WeightsArguments& to, int64_t batch, 
       const RowBlock head = RowBlock::make<Real>(p, batch, first_head + h, block);
       add_weights<T>(p, head, key, keys, w.queries + h * packed, w.lse + h * 2 * kRows<Real>, w);
     }
-    T* out = at<T>(to.weights, batch, first_head, rows.first, key);
-    for_each_row(w.total, keys, rows, [&](int64_t i, int64_t j, Vec<Real> x, int64_t count) {
-      store_some(out + i * to.weights.stride[2] + j, x * share, count);
-    });
+    write_weights<T>(to, rows, first_head, heads, key, keys, w.total);
   }
 }
 
