@@ -179,7 +179,7 @@ def forward_and_backward_rows() -> Iterator[Row]:
 
 
 def mask_rows() -> Iterator[Row]:
-    """Our own forward with a mask, against our own without."""
+    """Our own forward with a mask, against our own without, or PyTorch's if it hides half."""
     masks: dict[str, Callable[[Sizes], Tensor]] = {
         "padding mask hiding 10 %": lambda x: padding_mask(x[0], x[2], HIDDEN_SHARE),
         "padding mask hiding nothing": lambda x: padding_mask(x[0], x[2], 0.0),
@@ -195,6 +195,19 @@ def mask_rows() -> Iterator[Row]:
             )
 
         yield Row("masks", f"forward {shape} float32, {label}", {"relative time": 1.1}, prepare)
+    shape = MASKED[0]
+    for dtype, speedup in ((torch.float32, 3.0), (torch.bfloat16, 4.8)):
+
+        def prepare_causal(dtype: torch.dtype = dtype) -> Work:
+            x = tensors_of(shape, dtype)
+            mask = nn.Transformer.generate_square_subsequent_mask(shape[2], dtype=dtype)
+            return Work(
+                lambda: attn_ext.scaled_dot_product_attention(*x, mask),
+                lambda: F.scaled_dot_product_attention(*x, mask),
+            )
+
+        name = f"forward {shape} {name_of(dtype)}, causality by a float mask"
+        yield Row("masks", name, {"speedup": speedup}, prepare_causal)
 
 
 def decode_row(

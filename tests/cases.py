@@ -52,6 +52,21 @@ def _float_mask(*shape: int) -> Tensor:
     return mask.masked_fill(torch.rand(shape) < 0.15, float("-inf"))
 
 
+def _mask_of_tiles(s: Sizes) -> Tensor:
+    """0, -inf or random numbers, the same kind over what any instruction set takes for a tile."""
+    rows, keys = torch.arange(s.query_length)[:, None], torch.arange(s.key_length)
+    kind = (rows // 48 + keys // 128) % 3
+    mask = torch.randn(s.query_length, s.key_length, dtype=torch.float64)
+    return mask.masked_fill(kind == 0, 0.0).masked_fill(kind == 1, float("-inf"))
+
+
+def _mask_of_lengths(s: Sizes, hidden: float) -> Tensor:
+    """(B, S): 0 for as many keys as a sequence has, then `hidden`."""
+    lengths = torch.tensor([s.key_length // 3, s.key_length - 10])[: s.batch, None]
+    mask = torch.zeros(s.batch, s.key_length, dtype=torch.float64)
+    return mask.masked_fill(torch.arange(s.key_length) >= lengths, hidden)
+
+
 def _everything(s: Sizes) -> Options:
     return {
         "attn_mask": _float_mask(s.batch, 1, s.query_length, s.key_length),
@@ -178,6 +193,12 @@ CASES = [
     Case("many_heads_decode", lambda s: {"attn_mask": _bool_mask(s.query_heads, 1, s.key_length), "key_padding_mask": _bool_mask(s.batch, s.key_length)}, Sizes(query_heads=24, key_heads=2, query_length=1, key_length=301, head_dim=64, value_dim=72)),
     # One tile of rows for a block of keys that some rows see, none for the next, in aligned narrow rows.
     Case("narrow_and_short", lambda s: {"causal": True}, Sizes(1, 2, 1, 25, 129, 16, 8)),
+    # Float masks that hide whole tiles, or leave them as they are: by rows, by columns, by sequences.
+    Case("float_mask_of_tiles", lambda s: {"attn_mask": _mask_of_tiles(s)}, Sizes(1, 2, 2, 150, 401)),
+    Case("float_mask_of_tiles_by_columns", lambda s: {"attn_mask": _mask_of_tiles(s).T.contiguous().T, "softcap": 2.0, "causal": "lower_right"}, Sizes(1, 2, 1, 110, 333)),
+    Case("padding_float_of_tiles", lambda s: {"key_padding_mask": _mask_of_lengths(s, float("-inf")), "causal": True}, Sizes(query_length=101, key_length=420)),
+    Case("decode_float_mask_of_lengths", lambda s: {"attn_mask": _mask_of_lengths(s, torch.finfo(torch.float32).min)[:, None, None]}, DECODE),
+    Case("decode_padding_float", lambda s: {"key_padding_mask": _mask_of_lengths(s, float("-inf"))}, DECODE),
     *(
         Case(f"length_{length}", lambda s: {}, Sizes(1, 2, 2, length, length + 1, 8, 24))
         for length in (11, 12, 13, 23, 24, 25, 47, 48, 49, 63, 64, 65)

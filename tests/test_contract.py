@@ -101,6 +101,8 @@ def test_case_in_float32(case: Case, backend: str) -> None:
             "dropout_of_whole_tiles",
             "many_rows",
             "many_rows_everything",
+            "float_mask_of_tiles",
+            "decode_float_mask_of_lengths",
         }
     ],
     ids=lambda case: case.name,
@@ -351,7 +353,9 @@ def test_garbage_reaches_only_rows_that_see_it(
 
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-@pytest.mark.parametrize("hide", ["window", "next_key", "blocks", "softcap", "mask_gradient"])
+@pytest.mark.parametrize(
+    "hide", ["window", "next_key", "blocks", "float_blocks", "softcap", "mask_gradient"]
+)
 @pytest.mark.parametrize("length", [128, 147])
 def test_garbage_in_bfloat16_stays_where_it_is_seen(
     where: str, hide: str, length: int, backend: str
@@ -365,7 +369,7 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
         place = 83  # next to the last key that a block of rows 32 to 79 sees
     rows, keys = torch.arange(length)[:, None], torch.arange(length)
     seen = rows // 32 == keys // 32
-    if hide != "blocks":
+    if hide not in ("blocks", "float_blocks"):
         seen &= keys != 5
     options: dict[str, object] = {"attn_mask": seen}
     if hide == "window":
@@ -374,9 +378,9 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
         seen, options = (keys <= rows + 3) & (keys >= rows - 40), {"window": (40, 3)}
     if hide == "softcap":
         options["softcap"] = 5.0
-    if hide == "mask_gradient":
+    if hide in ("float_blocks", "mask_gradient"):
         mask = torch.zeros(length, length, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
-        options["attn_mask"] = mask.requires_grad_()
+        options["attn_mask"] = mask.requires_grad_(hide == "mask_gradient")
     inputs = make_inputs(
         Case("", lambda s: {}, Sizes(1, 2, 1, length, length, 64, 64)), torch.bfloat16
     )
@@ -385,11 +389,11 @@ def test_garbage_in_bfloat16_stays_where_it_is_seen(
     clean = forward_and_backward(tensors, options, backend)
     with torch.no_grad():
         tensors[where][:, :, place] = float("nan")
-        if hide != "blocks":
+        if hide not in ("blocks", "float_blocks"):
             tensors["value"][:, :, 5] = float("nan")  # nobody sees it, but with a window
     dirty = forward_and_backward(tensors, options, backend)
     bad_keys = torch.zeros(length, dtype=torch.bool)
-    bad_keys[5] = hide != "blocks"
+    bad_keys[5] = hide not in ("blocks", "float_blocks")
     bad_keys[place] = where != "query"
     touched_rows = (seen & bad_keys).any(dim=1)
     touched_rows[place] |= where == "query"

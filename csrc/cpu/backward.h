@@ -424,6 +424,7 @@ void backward_part(const Problem& p, const BackwardArguments& to, const RowBlock
 }
 
 // Which parts of a tile are visible, and what the first and the last of them enclose.
+template <typename Real>
 struct VisibleParts {
   TileKind kind[kGroupBlocks][kParts];
   int64_t first_block = kGroupBlocks, end_block = 0, first_key = kKeys, end_key = 0;
@@ -434,7 +435,7 @@ struct VisibleParts {
       for (int64_t first = 0; first < keys; first += kPartKeys) {
         const int64_t end = std::min(first + kPartKeys, keys);
         TileKind& found = kind[block][first / kPartKeys];
-        found = classify(p, group.blocks[block], key + first, end - first);
+        found = classify<Real>(p, group.blocks[block], key + first, end - first);
         if (found == TileKind::kSkip) continue;
         first_block = std::min(first_block, block), end_block = block + 1;
         first_key = std::min(first_key, first), end_key = std::max(end_key, end);
@@ -458,7 +459,7 @@ void backward_tile(const Problem& p, const BackwardArguments& to,
   constexpr int64_t kStep = kDepth<Element>, kStride = kGroupRows<Real> / kStep;
   const RowGroup& group = operands.group;
   const RowBlock& all = group.rows;
-  const VisibleParts visible(p, group, key, keys);
+  const VisibleParts<Real> visible(p, group, key, keys);
   if (visible.none()) return;
   const Upcoming next_keys = ahead.operand;
 

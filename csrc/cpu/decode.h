@@ -187,27 +187,29 @@ inline KeyRange decoded_keys(const Problem& p) {
   return KeyRange(p, all);
 }
 
-// Whether bool masks hide a tile's keys from every row.
-inline bool masks_hide(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
-  if (p.key_mask && p.key_mask.dtype == DType::kBool &&
-      look_at_key_mask(p, rows.batch, key, keys) == TileKind::kSkip) {
-    return true;
-  }
-  if (!p.mask || p.mask.dtype != DType::kBool) return false;
+// Whether masks hide a tile's keys from every row.
+template <typename Real>
+bool masks_hide(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
   RowBlock of_head{};
   of_head.batch = rows.batch, of_head.count = rows.rows_a_head;
-  const int64_t heads = p.mask.stride[1] == 0 ? 1 : p.query_heads / p.key_heads;
-  for (int64_t h = 0; h < heads; ++h) {
-    of_head.head = rows.first_head + h;
-    if (look_at_mask(p, of_head, key, keys) != TileKind::kSkip) return false;
+  for (const View* mask : {&p.key_mask, &p.mask}) {
+    if (!*mask) continue;
+    const int64_t heads = mask->stride[1] == 0 ? 1 : p.query_heads / p.key_heads;
+    bool hides = true;
+    for (int64_t h = 0; h < heads && hides; ++h) {
+      of_head.head = rows.first_head + h;
+      hides = look_at_mask<Real>(*mask, of_head, key, keys) == TileKind::kSkip;
+    }
+    if (hides) return true;
   }
-  return true;
+  return false;
 }
 
 // The same, or their position does.
-inline bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
+template <typename Real>
+bool tile_is_hidden(const Problem& p, const SharingRows& rows, int64_t key, int64_t keys) {
   const KeyRange seen = decoded_keys(p);
-  return key + keys <= seen.first || key >= seen.end || masks_hide(p, rows, key, keys);
+  return key + keys <= seen.first || key >= seen.end || masks_hide<Real>(p, rows, key, keys);
 }
 
 // The softmax and output of all rows of a key head over the keys of `range`; `after` is read next.
@@ -231,7 +233,7 @@ void decode_part(const Problem& p, const SharingRows& rows, const KeyRange& rang
     }
     for (int64_t key = range.first; key < range.end; key += kKeys) {
       const int64_t keys = std::min(kKeys, range.end - key);
-      if (masks_hide(p, rows, key, keys)) continue;
+      if (masks_hide<Real>(p, rows, key, keys)) continue;
       const T *k = at<const T>(p.key, batch, key_head, key),
               *v = at<const T>(p.value, batch, key_head, key);
       const int64_t k_stride = p.key.stride[2], v_stride = p.value.stride[2];

@@ -146,7 +146,7 @@ void decode_backward_part(const Problem& p, const BackwardArguments& to, const S
       write_sums_of_rows(keys, of_rows, p.value_dim, w.weights, w.douts, only, Real(1),
                          at<T>(to.dvalue, batch, key_head, key), to.dvalue.stride[2]);
     };
-    if (tile_is_hidden(p, rows, key, keys)) {
+    if (tile_is_hidden<Real>(p, rows, key, keys)) {
       write_key_gradients(0, nullptr);
       continue;
     }

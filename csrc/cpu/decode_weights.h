@@ -40,7 +40,7 @@ void decode_weights_part(const Problem& p, const WeightsArguments& to, int64_t f
     std::fill(w.total, w.total + kDecodeRows * kKeys, Real(0));
     for (int64_t h = 0; h < key_heads; ++h) {
       const SharingRows rows(p, first_pair + h);
-      if (tile_is_hidden(p, rows, key, keys)) continue;
+      if (tile_is_hidden<Real>(p, rows, key, keys)) continue;
       const T* k = at<const T>(p.key, rows.batch, rows.key_head, key);
       const int64_t k_stride = p.key.stride[2];
       dot_products<kShared>(Stream<T>{k, k_stride, keys, p.head_dim, k, k_stride}, rows.count,

@@ -238,7 +238,7 @@ bool tile_by_tile(const Problem& p, const RowBlock& rows, const KeyRange& range,
   if (careful) clear_output(p, w);
   for (int64_t key = range.first; key < range.end; key += kKeys) {
     const int64_t keys = range.tile(key);
-    const TileKind kind = classify(p, rows, key, keys);
+    const TileKind kind = classify<Real>(p, rows, key, keys);
     w.go_to(key, kind);
     if (kind == TileKind::kSkip) continue;
     any_edge |= kind == TileKind::kEdge;

@@ -19,6 +19,8 @@ namespace {
 //
 #include "tile.h"
 //
+#include "masks.h"
+//
 #ifdef ATTN_EXT_AMX_PRODUCTS
 #include "matmul_amx.h"
 #endif

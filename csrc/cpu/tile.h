@@ -1,5 +1,5 @@
-// The tiles that the kernels work on, kKeys keys by one block of query rows: which of them matter,
-// and how queries, keys and values are brought into the form that matmul.h multiplies.
+// The tiles that the kernels work on, kKeys keys by one block of query rows, and how queries, keys
+// and values are brought into the form that matmul.h multiplies.
 //
 // Everything lies transposed, [key][row] or [head_dim][row]: the lanes of a vector are query rows,
 // so that a softmax over keys needs no shuffle.
@@ -195,75 +195,6 @@ class AheadOfTiles {
   Ahead around_, not_yet_;
   bool at_end_ = false;
 };
-
-enum class TileKind { kSkip, kFull, kEdge };
-
-// What the bool mask says of a tile: one look at each of its bytes, which are 0 or 1.
-inline TileKind look_at_mask(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
-  const View& mask = p.mask;
-  const int64_t count = same_for_all_rows(mask, rows) ? 1 : rows.count, column = mask.stride[3];
-  Words any_of_many{}, all_of_many = Words{} + 0x01010101u;
-  constexpr uint64_t kOnes = 0x0101010101010101u;
-  uint64_t any_of_some = 0, all_of_some = kOnes;
-  uint8_t any = 0, all = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint8_t* row = row_at<const uint8_t>(mask, rows, i, key);
-    int64_t j = 0;
-    for (; column == 1 && j + kVectorBytes <= keys; j += kVectorBytes) {
-      Words many;
-      std::memcpy(&many, row + j, sizeof(many));
-      any_of_many |= many, all_of_many &= many;
-    }
-    for (; column == 1 && j + 8 <= keys; j += 8) {
-      uint64_t some;
-      std::memcpy(&some, row + j, sizeof(some));
-      any_of_some |= some, all_of_some &= some;
-    }
-    for (; j < keys; ++j) any |= row[j * column], all &= row[j * column];
-  }
-  for (int lane = 0; lane < kWordLanes; ++lane) {
-    any |= any_of_many[lane] != 0, all &= all_of_many[lane] == 0x01010101u;
-  }
-  any |= any_of_some != 0, all &= all_of_some == kOnes;
-  return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
-}
-
-inline TileKind look_at_key_mask(const Problem& p, int64_t batch, int64_t key, int64_t keys) {
-  const uint8_t* mask = at<const uint8_t>(p.key_mask, batch, 0, 0, key);
-  bool any = false, all = true;
-  for (int64_t j = 0; j < keys; ++j) {
-    any |= mask[j * p.key_mask.stride[3]] != 0;
-    all &= mask[j * p.key_mask.stride[3]] != 0;
-  }
-  return all ? TileKind::kFull : any ? TileKind::kEdge : TileKind::kSkip;
-}
-
-// Whether any of a tile lies beyond the window or the diagonal.
-inline bool beyond_window(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
-  const int64_t low = rows.diagonal(p, 0), high = rows.diagonal(p, rows.count - 1);
-  return key + keys - 1 > low + p.right || key < high - p.left;
-}
-
-// Skip, Full or Edge, by position and masks; only an Edge tile tests an index or a mask again.
-inline TileKind classify(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys) {
-  const int64_t low = rows.diagonal(p, 0), high = rows.diagonal(p, rows.count - 1);
-  if (key > high + p.right || key + keys - 1 < low - p.left) return TileKind::kSkip;
-  bool edge = beyond_window(p, rows, key, keys);
-  if (p.key_mask) {
-    const TileKind kind = p.key_mask.dtype == DType::kBool
-                              ? look_at_key_mask(p, rows.batch, key, keys)
-                              : TileKind::kEdge;
-    if (kind == TileKind::kSkip) return kind;
-    edge |= kind == TileKind::kEdge;
-  }
-  if (p.mask) {
-    const TileKind kind =
-        p.mask.dtype == DType::kBool ? look_at_mask(p, rows, key, keys) : TileKind::kEdge;
-    if (kind == TileKind::kSkip) return kind;
-    edge |= kind == TileKind::kEdge;
-  }
-  return edge ? TileKind::kEdge : TileKind::kFull;
-}
 
 // Pairs [first, first + lanes) of a row, 0 beyond `width` values; as the bits of floats, for they
 // are only moved.

@@ -56,7 +56,7 @@ template <typename T, typename Real, typename Element>
 void add_weights(const Problem& p, const RowBlock& rows, int64_t key, int64_t keys,
                  const Element* queries, const Real* lse,
                  const WeightsWorkspace<Real, Element>& w) {
-  const TileKind kind = classify(p, rows, key, keys);
+  const TileKind kind = classify<Real>(p, rows, key, keys);
   if (kind == TileKind::kSkip) return;
   int64_t stride;
   const Element* k = tile_as_block<T>(p.key, rows, key, keys, p.head_dim, w.keys, &stride);
