@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import attn_ext
 from attn_ext.backends import reference
+from attn_ext.benchmark.accuracy import error
 from attn_ext.problem import Problem
 
 Options = dict[str, Any]
@@ -376,6 +378,30 @@ def gradients_from_rounded(
     row_term = (weights * keep * dweights).sum(-1)
     found.update(gradients("weights'", dweights, row_term, 0.0 * exact.value.sum()))
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _rounded_at_random(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """To either neighbour, the more probable the nearer it is: stochastic rounding."""
+    unit = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
+    dither = torch.where(torch.isfinite(exact), (torch.rand_like(exact) - 0.5) * unit, 0.0)
+    return (exact + dither).to(dtype)
+
+
+def error_of_other_roundings(
+    inputs: Inputs, results: dict[str, Tensor], average: bool, name: str
+) -> float:
+    """The error of the gradient `name` if output and LSE are rounded in other ways, as a root mean square.
+
+    For a gradient of a single number, where errors that cancel by chance would make its own rounding look
+    harmless.
+    """
+    exact = run_reference(inputs.to(torch.float64), average)
+    errors = []
+    for _ in range(16):
+        rounded = {x: _rounded_at_random(exact[x], results[x].dtype) for x in ("out", "lse")}
+        found = gradients_from_rounded(inputs, {**results, **rounded}, average)
+        errors.append(error(found[name], exact[name]))
+    return statistics.fmean(x * x for x in errors) ** 0.5
 
 
 def compiled_backward(result: Tensor) -> None:

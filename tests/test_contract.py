@@ -21,6 +21,7 @@ from cases import (
     Case,
     Inputs,
     Sizes,
+    error_of_other_roundings,
     gradients_from_rounded,
     gradients_through_scores,
     make_inputs,
@@ -45,7 +46,8 @@ def assert_contract(inputs: Inputs, dtype: torch.dtype, backend: str, average: b
     """Every result within twice plain PyTorch's error, measured against float64.
 
     A gradient may also have the error that follows from rounding the output and LSE that it starts from.
-    An error is a root mean square, itself uncertain over few elements, which the limit allows for.
+    An error is a root mean square, itself uncertain over few elements, which the limit allows for; that of the
+    rounding of a single number is taken over several ways to round.
     In float64 itself there is nothing finer to measure against: twice the error that plain PyTorch makes
     in float32, scaled down to float64's precision, stands for its own. A gradient of weights comes there in
     two parts, through the scores and through LSE, that may cancel: the first one's rounding is allowed for.
@@ -72,6 +74,9 @@ def assert_contract(inputs: Inputs, dtype: torch.dtype, backend: str, average: b
         plain_error = precision * error(plain[name], truth[name])
         if name in rounded:
             plain_error = max(plain_error, error(rounded[name], expected[name]))
+            if tensor.numel() == 1:
+                others = error_of_other_roundings(inputs, actual, average, name)
+                plain_error = max(plain_error, others)
         factor = 2 + 8 / max(tensor.numel(), 1) ** 0.5
         limit = factor * plain_error + rounding_unit(expected[name], kind)
         if name in parts:
